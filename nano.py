@@ -1,0 +1,256 @@
+"""The recipe of `nano.pt`, the small model that ships with this repository. Each stage runs alone and can be resumed:
+
+    python nano.py data           # public-domain scores (Bach chorales) -> rendered audio and prompts
+    python nano.py autoencoder    # the Oobleck autoencoder, few channels
+    python nano.py fold           # latents to zero mean and unit variance, folded into the autoencoder's weights
+    python finetune.py --init out/nano_ae.pt --data data/nano ...  (README, "The shipped model", has the whole line)
+    python nano.py pack           # float16, with the sampling defaults -> nano.pt
+
+`data` needs fluidsynth with its General MIDI soundfont (Debian: fluidsynth fluid-soundfont-gm) and `pip install music21`.
+"""
+import argparse
+import csv
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from data import audio_files, split
+from model import LMDM, PRESETS, Autoencoder
+from sample import die, load, save
+
+INSTRUMENTS = {"piano": 0, "vibraphone": 11}                # General MIDI programs
+TEXTURES = {"chorale": (66, 100), "arpeggios": (48, 76)}    # beats per minute, from and to
+
+
+# ------------------------------------------------------------------------------------------------ scores -> audio
+def read_chorale(path):
+    """A chorale of music21's corpus -> (key name, length in beats, notes [(beat, beats, pitch, voice)])."""
+    from music21 import corpus
+    score = corpus.parse(path)
+    parts = list(score.parts)
+    if len(parts) != 4:
+        return None
+    key = score.analyze("key")
+    notes = [(float(n.getOffsetInHierarchy(part)), float(n.quarterLength), pitch.midi, voice)
+             for voice, part in enumerate(parts) for n in part.stripTies().recurse().notes for pitch in n.pitches]
+    name = f"{key.tonic.name[0]}{' flat' if '-' in key.tonic.name else ' sharp' if '#' in key.tonic.name else ''} {key.mode}"
+    return name, max(start + length for start, length, _, _ in notes), notes
+
+
+def arpeggiate(notes, beats, rng):
+    """Break each beat's chord into sixteenths, low to high and, half the time, back down; the bass note is held."""
+    out, down = [], rng.random() < 0.5
+    for beat in range(int(beats)):
+        chord = sorted({pitch for start, length, pitch, _ in notes if start < beat + 0.99 and start + length > beat + 0.01})
+        if not chord:
+            continue
+        order = (chord * 4)[:4] if not (down and beat % 2) else (chord * 4)[:4][::-1]
+        out.append((beat, 1.0, chord[0], 3))
+        out += [(beat + i / 4, 1 - i / 4, pitch, 0) for i, pitch in enumerate(order) if i or pitch != chord[0]]
+    return out
+
+
+def write_midi(path, notes, program, tempo, rng):
+    """One track, 480 ticks a beat, a little unevenness in time and touch."""
+    events = []
+    for start, length, pitch, voice in notes:
+        tick = max(0, round(480 * start) + rng.randint(-6, 6))
+        touch = (84 if voice == 0 else 68) + (8 if start % 1 == 0 else 0) + rng.randint(-10, 10)
+        events += [(tick, 1, 0x90, pitch, touch), (tick + round(480 * length) - 10, 0, 0x80, pitch, 0)]
+    track, now = bytearray(b"\x00\xff\x51\x03" + round(6e7 / tempo).to_bytes(3, "big") + bytes([0, 0xC0, program])), 0
+    for tick, _, status, pitch, touch in sorted(events):
+        delta, now = max(0, tick - now), max(tick, now)
+        chunks = [delta & 127]
+        while delta := delta >> 7:                          # variable-length quantity, most significant first
+            chunks.append(delta & 127 | 128)
+        track += bytes(chunks[::-1]) + bytes([status, pitch, touch])
+    track += b"\x00\xff\x2f\x00"
+    Path(path).write_bytes(b"MThd" + struct.pack(">IHHH", 6, 0, 1, 480) + b"MTrk" + struct.pack(">I", len(track)) + track)
+
+
+def render(job):
+    """One score -> one FLAC file, its silent end cut off. Returns (file name, prompt), or None where nothing came out."""
+    score, index, folder, soundfont = job
+    rng = random.Random(index)
+    instrument, texture = list(INSTRUMENTS)[index % 2], list(TEXTURES)[index // 2 % 2]
+    target = folder / f"{index:03d}_{texture}_{instrument}.flac"
+    chorale = read_chorale(score)
+    if chorale is None:
+        return None
+    key, beats, notes = chorale
+    low, high = TEXTURES[texture]
+    tempo = rng.uniform(low, high)
+    speed = ("slow", "moderate", "fast")[min(2, int(3 * (tempo - low) / (high - low)))]
+    if texture == "arpeggios":
+        notes = arpeggiate(notes, beats, rng)
+    if not target.exists():
+        with tempfile.TemporaryDirectory() as tmp:
+            midi, wav = f"{tmp}/a.mid", f"{tmp}/a.wav"
+            write_midi(midi, notes, INSTRUMENTS[instrument], tempo, rng)
+            subprocess.run(["fluidsynth", "-ni", "-q", "-r", "44100", "-g", "0.8", "-R", "0", "-C", "0", "-F", wav, "-T", "wav",
+                            soundfont, midi], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            audio, rate = soundfile.read(wav, dtype="int16")
+        loud = np.flatnonzero(np.abs(audio).max(1) > 60)
+        if not len(loud):
+            return None
+        part = target.with_suffix(".part")
+        soundfile.write(part, audio[:loud[-1] + 1], rate, format="FLAC", subtype="PCM_16")
+        part.rename(target)
+    return target.name, f"{speed} {texture} in {key} on {instrument}"
+
+
+def make_data(args):
+    """Render the first `--tracks` chorales in four parts to `--data`, with metadata.csv."""
+    if not shutil.which("fluidsynth"):
+        die("fluidsynth is not installed: on Debian, apt-get install fluidsynth fluid-soundfont-gm")
+    if not Path(args.soundfont).exists():
+        die(f"no soundfont at {args.soundfont}: name one with --soundfont")
+    try:
+        from music21 import corpus
+    except ImportError:
+        die("the scores come from music21: pip install music21")
+    folder = Path(args.data)
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = [str(p) for p in corpus.getComposer("bach") if p.stem.startswith("bwv")]
+    random.Random(0).shuffle(scores := sorted(scores))
+    started, rows = time.time(), []
+    with Pool(args.workers) as pool:
+        for row in pool.imap(render, [(s, i, folder, args.soundfont) for i, s in enumerate(scores[:args.tracks])]):
+            if row:
+                rows.append(row)
+                print(f"{len(rows):4d} {row[0]}: {row[1]}", file=sys.stderr)
+    with open(folder / "metadata.csv", "w", newline="") as f:
+        csv.writer(f).writerows([("file_name", "text"), *rows])
+    hours = sum(soundfile.info(folder / name).duration for name, _ in rows) / 3600
+    print(f"{len(rows)} tracks, {hours:.2f} h in {folder}, {time.time() - started:.0f} s", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------ autoencoder
+def mid_side(audio):                                        # (B, 2, n) -> (B, 4, n): left, right, mid, side
+    left, right = audio.unbind(1)
+    return torch.stack([left, right, (left + right) / 2, (left - right) / 2], dim=1)
+
+
+def magnitudes(audio, size):                                # (B, channels, n) -> (B * channels, size / 2 + 1, frames)
+    return torch.stft(audio.flatten(0, 1), size, size // 4, window=torch.hann_window(size), return_complex=True).abs()
+
+
+def spectral_loss(made, real):
+    """Log and linear magnitudes at five resolutions, on left, right, mid and side, and a little waveform."""
+    made4, real4 = mid_side(made), mid_side(real)
+    loss = 0.5 * (made - real).abs().mean() / real.abs().mean().clamp(min=1e-3)
+    for size in (2048, 1024, 512, 256, 128):
+        a, b = magnitudes(made4, size), magnitudes(real4, size)
+        loss = loss + (a.clamp(min=1e-5).log() - b.clamp(min=1e-5).log()).abs().mean() / 5
+        loss = loss + (a - b).abs().mean() / b.mean().clamp(min=1e-3) / 5
+    return loss
+
+
+def log_spectral_distance(made, real):
+    """Mean |difference| of 20 log10 of 2048-point STFT magnitudes, floor 1e-5, in dB. (B, 2, n) each."""
+    a, b = (magnitudes(x, 2048).clamp(min=1e-5).log10() for x in (made, real))
+    return 20 * (a - b).abs().mean().item()
+
+
+def snr(made, real):
+    """Waveform signal-to-noise ratio in dB."""
+    return 10 * torch.log10(real.square().sum() / (made - real).square().sum()).item()
+
+
+def read_tracks(folder, validation):
+    """All tracks of one side of the split, as int16 arrays (n, 2)."""
+    names = split([f.relative_to(folder).as_posix() for f in audio_files(folder)])[validation]
+    return [soundfile.read(Path(folder, name), dtype="int16", always_2d=True)[0] for name in names]
+
+
+def to_audio(samples):                                      # int16 (n, 2) -> (2, n)
+    return torch.from_numpy(samples.T.astype(np.float32) / 32768)
+
+
+@torch.no_grad()
+def validate_autoencoder(autoencoder, tracks):
+    """Log-spectral distance and SNR in dB over ten seconds of each held-out track."""
+    n = 10 * 44100
+    pairs = [(autoencoder.decode(autoencoder.encode(x)), x) for x in
+             (to_audio(t[5 * 44100:5 * 44100 + n])[None, :, :len(t) // 1024 * 1024] for t in tracks)]
+    pairs = [(made, real[..., :made.shape[-1]]) for made, real in pairs]
+    return np.mean([log_spectral_distance(*p) for p in pairs]), np.mean([snr(*p) for p in pairs])
+
+
+def train_autoencoder(args):
+    """Reconstruction at five resolutions plus a light KL; resumed from `--out` wherever it stopped."""
+    torch.manual_seed(args.seed)
+    config, out = PRESETS["nano"], Path(args.out)
+    autoencoder = Autoencoder(config)
+    with torch.no_grad():                                   # start almost without posterior noise, or it swamps the signal
+        autoencoder.encoder[-1].bias[config.latent_channels:] = -4
+    convs = [m for m in autoencoder.modules() if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d))]
+    for conv in convs:
+        parametrizations.weight_norm(conv)
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3)
+    start, state = 0, Path(f"{out}.train")
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        autoencoder.load_state_dict(saved["weights"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+    train, held_out = (read_tracks(args.data, side) for side in (False, True))
+    print(f"autoencoder: {sum(p.numel() for p in autoencoder.parameters()) / 1e6:.1f} M parameters, {config.hop} samples a "
+          f"frame; {len(train)} tracks, {len(held_out)} held out; from step {start} of {args.steps}", file=sys.stderr)
+
+    def losses(audio, noise):
+        mean, std = autoencoder.posterior(audio)
+        kl = (0.5 * (mean.square() + std.square() - 1) - std.log()).mean()
+        made = autoencoder.decode(mean + std * noise)
+        return made, kl, mean
+    run = torch.compile(losses) if args.compile else losses
+
+    def write(step):
+        torch.save({"weights": autoencoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, f"{state}.part")
+        os.replace(f"{state}.part", state)
+    shape, clock = (args.batch, config.latent_channels, args.crop // config.hop), time.time()
+    for step in range(start, args.steps):
+        rng = np.random.default_rng([args.seed, step])      # the same crops whether or not the run was interrupted
+        tracks = [train[i] for i in rng.choice(len(train), args.batch, p=np.array([len(t) for t in train]) / sum(map(len, train)))]
+        audio = torch.stack([to_audio(t[(at := rng.integers(len(t) - args.crop)):at + args.crop]) for t in tracks])
+        noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+        progress = step / args.steps
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * progress)))
+        made, kl, mean = run(audio, noise)
+        reconstruction = spectral_loss(made, audio)
+        (reconstruction + args.kl * kl).backward()
+        norm = nn.utils.clip_grad_norm_(autoencoder.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 49:
+            print(f"step {step + 1} loss {reconstruction.item():.3f} kl {kl.item():.2f} norm {norm:.2f} latents "
+                  f"{mean.std():.2f} {(time.time() - clock) / 50:.2f} s/step", file=sys.stderr)
+            clock = time.time()
+        if (step + 1) % args.every == 0 or step + 1 == args.steps:
+            write(step + 1)
+            distance, ratio = validate_autoencoder(autoencoder, held_out)
+            print(f"step {step + 1} held out: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB", file=sys.stderr)
+            clock = time.time()
+    for conv in convs:
+        parametrize.remove_parametrizations(conv, "weight")
+    model = LMDM(config)
+    model.autoencoder = autoencoder
+    save(model, out, stage="autoencoder", step=args.steps, made=" ".join(sys.argv))
+    print(f"-> {out}", file=sys.stderr)
