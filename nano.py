@@ -2,14 +2,15 @@
 
     python nano.py data           # public-domain scores (Bach chorales) -> rendered audio and prompts
     python nano.py autoencoder    # the Oobleck autoencoder, few channels
-    python nano.py fold           # latents to zero mean and unit variance, folded into the autoencoder's weights
-    python finetune.py --init out/nano_ae.pt --data data/nano ...  (README, "The shipped model", has the whole line)
+    python finetune.py --init out/nano_ae.pt --data data/nano --out out/nano.pt --causal --steps 3000 --batch 8 \
+        --lr 1e-3 --lr-end 2e-5 --warmup 100
     python nano.py pack           # float16, with the sampling defaults -> nano.pt
 
 `data` needs fluidsynth with its General MIDI soundfont (Debian: fluidsynth fluid-soundfont-gm) and `pip install music21`.
 """
 import argparse
 import csv
+import math
 import os
 import random
 import shutil
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from data import audio_files, split
-from model import LMDM, PRESETS, Autoencoder
-from sample import die, load, save
+from data import audio_files, read_audio, split
+from model import LMDM, PRESETS, Autoencoder, UserError
+from sample import load, run, save
 
 INSTRUMENTS = {"piano": 0, "vibraphone": 11}                # General MIDI programs
 TEXTURES = {"chorale": (66, 100), "arpeggios": (48, 76)}    # beats per minute, from and to
@@ -118,13 +118,13 @@ def render(job):
 def make_data(args):
     """Render the first `--tracks` chorales in four parts to `--data`, with metadata.csv."""
     if not shutil.which("fluidsynth"):
-        die("fluidsynth is not installed: on Debian, apt-get install fluidsynth fluid-soundfont-gm")
+        raise UserError("fluidsynth is not installed: on Debian, apt-get install fluidsynth fluid-soundfont-gm")
     if not Path(args.soundfont).exists():
-        die(f"no soundfont at {args.soundfont}: name one with --soundfont")
+        raise UserError(f"no soundfont at {args.soundfont}: name one with --soundfont")
     try:
         from music21 import corpus
     except ImportError:
-        die("the scores come from music21: pip install music21")
+        raise UserError("the scores come from music21: pip install music21")
     folder = Path(args.data)
     folder.mkdir(parents=True, exist_ok=True)
     scores = [str(p) for p in corpus.getComposer("bach") if p.stem.startswith("bwv")]
@@ -152,13 +152,13 @@ def magnitudes(audio, size):                                # (B, channels, n) -
 
 
 def spectral_loss(made, real):
-    """Log and linear magnitudes at five resolutions, on left, right, mid and side, and a little waveform."""
+    """Log and linear magnitudes at three resolutions, on left, right, mid and side, and a little waveform."""
     made4, real4 = mid_side(made), mid_side(real)
     loss = 0.5 * (made - real).abs().mean() / real.abs().mean().clamp(min=1e-3)
-    for size in (2048, 1024, 512, 256, 128):
+    for size in (2048, 1024, 256):
         a, b = magnitudes(made4, size), magnitudes(real4, size)
-        loss = loss + (a.clamp(min=1e-5).log() - b.clamp(min=1e-5).log()).abs().mean() / 5
-        loss = loss + (a - b).abs().mean() / b.mean().clamp(min=1e-3) / 5
+        loss = loss + (a.clamp(min=1e-5).log() - b.clamp(min=1e-5).log()).abs().mean() / 3
+        loss = loss + (a - b).abs().mean() / b.mean().clamp(min=1e-3) / 3
     return loss
 
 
@@ -188,13 +188,13 @@ def validate_autoencoder(autoencoder, tracks):
     """Log-spectral distance and SNR in dB over ten seconds of each held-out track."""
     n = 10 * 44100
     pairs = [(autoencoder.decode(autoencoder.encode(x)), x) for x in
-             (to_audio(t[5 * 44100:5 * 44100 + n])[None, :, :len(t) // 1024 * 1024] for t in tracks)]
+             (to_audio(t[5 * 44100:5 * 44100 + n])[None] for t in tracks)]
     pairs = [(made, real[..., :made.shape[-1]]) for made, real in pairs]
     return np.mean([log_spectral_distance(*p) for p in pairs]), np.mean([snr(*p) for p in pairs])
 
 
 def train_autoencoder(args):
-    """Reconstruction at five resolutions plus a light KL; resumed from `--out` wherever it stopped."""
+    """Reconstruction at three resolutions plus a light KL; resumed from `--out` wherever it stopped."""
     torch.manual_seed(args.seed)
     config, out = PRESETS["nano"], Path(args.out)
     autoencoder = Autoencoder(config)
@@ -232,7 +232,7 @@ def train_autoencoder(args):
         noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
         progress = step / args.steps
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * progress)))
+            group["lr"] = args.lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         made, kl, mean = run(audio, noise)
         reconstruction = spectral_loss(made, audio)
         (reconstruction + args.kl * kl).backward()
@@ -250,7 +250,88 @@ def train_autoencoder(args):
             clock = time.time()
     for conv in convs:
         parametrize.remove_parametrizations(conv, "weight")
-    model = LMDM(config)
+    fold_scale(autoencoder, train)
+    model = LMDM(config, stage="autoencoder")
     model.autoencoder = autoencoder
-    save(model, out, stage="autoencoder", step=args.steps, made=" ".join(sys.argv))
-    print(f"-> {out}", file=sys.stderr)
+    save(model, out, args.steps, " ".join(["nano.py", *sys.argv[1:]]))
+    distance, ratio = validate_autoencoder(autoencoder, held_out)
+    print(f"held out: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB -> {out}", file=sys.stderr)
+
+
+@torch.no_grad()
+def fold_scale(autoencoder, tracks):
+    """Make latents zero-mean per channel and of unit variance overall, inside the first and last convolutions' weights."""
+    latents = torch.cat([autoencoder.encode(to_audio(t[:10 * 44100])[None])[0] for t in tracks], dim=-1)    # (C, frames)
+    mean, std = latents.mean(1), (latents - latents.mean(1, keepdim=True)).std()
+    C, last, first = len(mean), autoencoder.encoder[-1], autoencoder.decoder[0]
+    first.bias += first.weight.sum(2) @ mean
+    first.weight *= std
+    last.weight[:C] /= std
+    last.bias[:C] = (last.bias[:C] - mean) / std
+    last.bias[C:] -= std.log()                              # softplus is exp where the posterior is narrow, as here
+
+
+@torch.no_grad()
+def evaluate_autoencoder(args):
+    """Log-spectral distance and SNR of a checkpoint's autoencoder on the held-out tracks of any folder of audio."""
+    autoencoder, rate = load(args.ckpt).autoencoder, PRESETS["nano"].sample_rate
+    names = split([f.relative_to(args.data).as_posix() for f in audio_files(args.data)])[1]
+    tracks = [torch.cat(list(read_audio(Path(args.data, name), PRESETS["nano"])), dim=1)[:, :15 * rate] for name in names]
+    distance, ratio = validate_autoencoder(autoencoder, [(32768 * t.T).clamp(-32768, 32767).short().numpy() for t in tracks])
+    print(f"{args.ckpt} on {len(tracks)} held-out tracks of {args.data}: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB")
+
+
+def pack(args):
+    """Half the size, and what `sample.py` should do with it when nothing is said -> `nano.pt`."""
+    model = load(args.ckpt)
+    model.sampling = dict(steps=args.steps, cfg=args.cfg, sampler=args.sampler, prompt=args.prompt)
+    saved = torch.load(args.ckpt, weights_only=True, mmap=True)
+    save(model, args.out, saved["step"], saved["made"], torch.float16)
+    print(f"-> {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------ command line
+def main():
+    p = argparse.ArgumentParser(description="Make the small model that ships here, stage by stage.", allow_abbrev=False)
+    stages = p.add_subparsers(dest="stage", required=True)
+    s = stages.add_parser("data", help="render scores")
+    s.add_argument("--data", default="data/nano")
+    s.add_argument("--tracks", type=int, default=240)
+    s.add_argument("--workers", type=int, default=2)
+    s.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
+    s.set_defaults(run=make_data)
+    s = stages.add_parser("autoencoder", help="train the autoencoder; run again to go on where it stopped")
+    s.add_argument("--data", default="data/nano")
+    s.add_argument("--out", default="out/nano_ae.pt")
+    s.add_argument("--steps", type=int, default=3600)
+    s.add_argument("--batch", type=int, default=4)
+    s.add_argument("--crop", type=int, default=16384, help="samples")
+    s.add_argument("--lr", type=float, default=1e-3)
+    s.add_argument("--kl", type=float, default=3e-4, help="weight of the KL term")
+    s.add_argument("--clip", type=float, default=0.2, help="gradient norm")
+    s.add_argument("--every", type=int, default=250, help="steps between validation and checkpoint")
+    s.add_argument("--seed", type=int, default=0)
+    s.add_argument("--threads", type=int, default=2)
+    s.add_argument("--compile", action="store_true", help="torch.compile: minutes to start, a quarter faster; needs a C++ compiler")
+    s.set_defaults(run=train_autoencoder)
+    s = stages.add_parser("evaluate", help="how well an autoencoder keeps held-out audio")
+    s.add_argument("--data", default="data/nano")
+    s.add_argument("--ckpt", default="nano.pt")
+    s.set_defaults(run=evaluate_autoencoder)
+    s = stages.add_parser("pack", help="make nano.pt")
+    s.add_argument("--ckpt", default="out/nano.pt")
+    s.add_argument("--out", default="nano.pt")
+    s.add_argument("--steps", type=int, default=8)
+    s.add_argument("--cfg", type=float, default=2.0)
+    s.add_argument("--sampler", default="euler")
+    s.add_argument("--prompt", default="moderate arpeggios in C major on piano")
+    s.set_defaults(run=pack)
+    args = p.parse_args()
+    torch.set_flush_denormal(True)
+    if "threads" in args:
+        torch.set_num_threads(args.threads)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,417 @@
+"""A folder of audio -> latents on disk, once -> random crops with prompts.
+
+    python data.py path/to/music            # encode it and say what a training on it would learn from
+
+Audio is whatever libsndfile reads, at any rate. Each file is decoded, resampled and encoded piece by piece, so an hour
+takes no more memory than a minute, and the pieces overlap by what the filters see, so the result is that of the whole
+file. Prompts, the first found: `metadata.jsonl` or `metadata.csv` with `file_name` and `text` (the AudioFolder
+convention), a caption beside the track (`song.txt`), its title and genre tags, its cleaned file and folder name. They
+are looked up anew each time: mending them costs no encoding.
+"""
+import argparse
+import csv
+import json
+import os
+import posixpath
+import re
+import sys
+import zlib
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+from torchaudio.transforms import Resample
+from tqdm import tqdm
+
+from model import UserError
+
+AUDIO = set(".wav .wave .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .w64 .rf64 .caf".split())
+BESIDE = set(".jpg .jpeg .png .gif .webp .pdf .m3u .m3u8 .cue .log .npy .pt .json".split())     # no music, no mistake
+METADATA = "metadata.csv", "metadata.jsonl"
+PIECE = 5                                                   # seconds of audio held and encoded at once
+SHORTEST = 0.5                                              # seconds; a shorter clip is no music
+
+
+# ------------------------------------------------------------------------------------------------ finding files
+def walk(folder):
+    """All files of a folder, sorted. Hidden ones and our own `out/` are passed over; links are followed."""
+    folder, files, seen = Path(folder), [], {os.path.realpath("out")}
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder; give one with audio files in it")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a folder; give the folder that the audio files are in")
+    for root, subfolders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(root))                    # links may lead in circles
+        subfolders[:] = [s for s in subfolders if s[0] != "." and os.path.realpath(os.path.join(root, s)) not in seen]
+        files += [Path(root, name) for name in names if name[0] != "."]
+    return sorted(files)
+
+
+def audio_files(folder):
+    """Every file that by its name could be audio, sorted. UserError when there is no such folder."""
+    return [f for f in walk(folder) if f.suffix.lower() in AUDIO]
+
+
+def stray_files(folder):
+    """What is neither audio nor belongs beside it: more likely music that we cannot read than meant to be left out."""
+    files = walk(folder)
+    known = {caption for f in files if f.suffix.lower() in AUDIO for caption in caption_files(f)}
+    return [f for f in files if f.suffix.lower() not in AUDIO | BESIDE and f not in known and f.name not in METADATA]
+
+
+def split(names, share=1 / 16):
+    """Names relative to the folder -> (train, validation), sorted. By track, and the same on every machine."""
+    ranked = sorted(names, key=lambda name: zlib.crc32(name.encode("utf-8", "surrogateescape")))
+    n = max(1, round(len(names) * share))
+    return sorted(ranked[n:]), sorted(ranked[:n])
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+def read_metadata(folder):
+    """All `metadata.jsonl` and `metadata.csv` under the folder -> {file name relative to the folder: prompt}.
+
+    UserError where one cannot be understood: training on wrong prompts would go unnoticed for hours."""
+    prompts = {}
+    files = [f for f in walk(folder) if f.name in METADATA]
+    for file in sorted(files, key=lambda f: len(f.parts)):  # the nearest to the track has the last word
+        try:
+            with open(file, encoding="utf-8-sig", newline="") as f:
+                rows = list(csv.DictReader(f)) if file.suffix == ".csv" else [json.loads(s) for s in f if s.strip()]
+            for row in rows:
+                name = posixpath.join(file.parent.relative_to(folder).as_posix(), row["file_name"].replace("\\", "/"))
+                prompts[posixpath.normpath(name)] = str(row.get("text") or "")
+        except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+            raise UserError(f"{file}: cannot be read ({error}); mend or remove it") from None
+        except KeyError:
+            raise UserError(f"{file}: every row needs `file_name` and `text`; one has only {', '.join(row)}") from None
+    return prompts
+
+
+def caption_files(file):
+    return file.with_suffix(".txt"), file.with_name(file.name + ".txt")
+
+
+def clean(text):
+    """'03 - night_drive' -> 'night drive'. What is only a number stays."""
+    text = " ".join(text.replace("_", " ").split())
+    return re.sub(r"^(\d{1,2}-)?(\d{1,2}\s*[-.)\s]|\d{3,}\s*[-.)]|0\d+\s)[-.\s]*(?=\S)", "", text)
+
+
+def prompt_of(file, folder, metadata):
+    """The prompt of one track: from `read_metadata`, else caption file, else title and genre tags, else its name."""
+    file, folder = Path(file), Path(folder)
+    if text := metadata.get(file.relative_to(folder).as_posix(), "").strip():
+        return text
+    for caption in caption_files(file):
+        if caption.is_file() and (text := " ".join(caption.read_text("utf-8-sig", "replace").split())):
+            return text
+    with soundfile.SoundFile(file) as f:
+        tags = f.copy_metadata()
+    genre = re.sub(r"^\(?\d+\)?", "", tags.get("genre", ""))    # ID3 may give a bare number: no word to learn
+    if text := ", ".join(filter(None, (clean(tags.get("title", "")), genre.strip()))):
+        return text
+    return f"{clean(file.stem)}, {clean(Path(os.path.abspath(file)).parent.name)}"
+
+
+# ------------------------------------------------------------------------------------------------ audio
+def overlapped(chunks, size, margin):
+    """Regroup a stream of tensors (..., n): pieces of `size`, with up to `margin` of their neighbours on both sides.
+
+    Yields (piece, left, keep): its own samples are piece[..., left:left + keep]. Neighbours are missing only at the
+    stream's ends, so a filter that sees no further than `margin` gives for the pieces what it gives for the whole."""
+    held, left = None, 0
+    for chunk in chunks:
+        held = chunk if held is None else torch.cat([held, chunk], dim=-1)
+        while held.shape[-1] >= left + size + margin:
+            yield held[..., :left + size + margin], left, size
+            held, left = held[..., max(0, left + size - margin):], min(margin, left + size)
+    while held is not None and held.shape[-1] > left:
+        yield held[..., :left + size + margin], left, min(size, held.shape[-1] - left)
+        held, left = held[..., max(0, left + size - margin):], min(margin, left + size)
+
+
+def resampled(chunks, rate, new_rate):
+    """A stream of (2, n) at `rate` -> the same at `new_rate`: whole periods of the filter at a time."""
+    ratio = Fraction(rate, new_rate).limit_denominator(1000)    # an odd rate would need gigabytes of filters
+    p, q = ratio.numerator, ratio.denominator
+    if p == q:
+        yield from chunks
+        return
+    resample = Resample(p, q)
+    margin, size = (resample.width // p + 1) * p, max(1, rate // p) * p
+    for piece, left, keep in overlapped(chunks, size, margin):
+        start = left // p * q
+        yield resample(piece.contiguous())[..., start:start - (-keep * q // p)]     # up to ceil(keep * q / p)
+
+
+def decoded(file, f, channels):
+    """An open SoundFile -> float32 tensors (channels, n) at its own rate. Mono is doubled; of more, the first two."""
+    done = 0
+    while len(audio := f.read(PIECE * f.samplerate, dtype="float32", always_2d=True)):
+        if not np.isfinite(audio).all():
+            raise UserError(f"{file}: holds samples that are not numbers, after {done / f.samplerate:.0f} s")
+        done += len(audio)
+        yield torch.from_numpy(audio.T[:channels].copy()).expand(channels, -1)
+    if f.format == "OGG" and done < f.frames:               # where others raise, Ogg readers just stop at a hole
+        raise UserError(f"{file}: damaged, {done / f.samplerate:.1f} of {f.frames / f.samplerate:.1f} s are readable")
+
+
+def read_audio(file, config):
+    """File -> float32 tensors (2, n) at the model's rate, a few seconds each. UserError naming file and reason."""
+    file = Path(file)
+    if not file.is_file():
+        raise UserError(f"{file}: no such file, or a broken link")
+    if file.stat().st_size == 0:
+        raise UserError(f"{file}: empty file")
+    try:
+        with soundfile.SoundFile(file) as f:
+            if not 1000 <= f.samplerate <= 1000000:         # a damaged header
+                raise UserError(f"{file}: a sample rate of {f.samplerate} Hz")
+            yield from resampled(decoded(file, f, config.audio_channels), f.samplerate, config.sample_rate)
+    except soundfile.SoundFileError as error:
+        reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
+        raise UserError(f"{file}: not readable as audio ({str(reason).strip(' .')})") from None
+
+
+# ------------------------------------------------------------------------------------------------ latents
+def encode_chunks(autoencoder, config, audio_chunks):
+    """Audio tensors (2, n) -> latents (C, n) float32 on the CPU, piece by piece, as if encoded whole."""
+    device = next(autoencoder.parameters()).device
+    margin = config.encoder_margin
+    size = max(margin, round(PIECE * config.frame_rate))
+    for piece, left, keep in overlapped(audio_chunks, size * config.hop, margin * config.hop):
+        if keep >= config.hop:
+            with torch.no_grad():
+                latents = autoencoder.encode(piece[None].to(device))[0]                     # (C, frames)
+            yield latents[:, left // config.hop:(left + keep) // config.hop].float().cpu()
+
+
+def encode_file(model, file):
+    """File -> latents (C, T) float32 on the CPU. UserError when it is unreadable or shorter than a frame."""
+    latents = list(encode_chunks(model.autoencoder, model.config, read_audio(file, model.config)))
+    if not latents:
+        raise UserError(f"{file}: too short, less than one latent frame")
+    return torch.cat(latents, dim=1)
+
+
+def at_least_a_block(file, chunks, config):
+    """Pass audio on; refuse a clip under `SHORTEST` and fill one under a block with silence at its end."""
+    samples = 0
+    for chunk in chunks:
+        samples += chunk.shape[-1]
+        yield chunk
+    if samples < SHORTEST * config.sample_rate:
+        raise UserError(f"{file}: too short ({samples / config.sample_rate:.2f} s, less than {SHORTEST} s)")
+    if samples < config.block * config.hop:
+        yield torch.zeros(config.audio_channels, config.block * config.hop - samples)
+
+
+def fingerprint(model):
+    """What latents depend on besides the audio: the encoder's weights, the rate and the strides. 8 hex digits."""
+    c = model.config
+    crc = zlib.crc32(repr((c.sample_rate, c.audio_channels, c.ae_multipliers, c.ae_strides)).encode())
+    for name, weight in sorted(model.autoencoder.encoder.state_dict().items()):
+        crc = zlib.crc32(weight.float().cpu().contiguous().numpy(), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
+
+
+def write(path, save):
+    """Write to a temporary name and rename: a killed run leaves no half file that a later one would trust."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            save(f)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    opened.cache_clear()
+
+
+@lru_cache(maxsize=256)                                     # thousands held open would be refused
+def opened(file):
+    return np.load(file, mmap_mode="r")
+
+
+class Track(NamedTuple):
+    """A recording: frames start..stop of a latents file."""
+    name: str                                               # relative to the folder
+    prompt: str
+    file: Path                                              # .npy, float16 (T, C)
+    start: int
+    stop: int
+
+    @property
+    def frames(self):
+        return self.stop - self.start
+
+    @property
+    def latents(self):                                      # (T, C) float16, memory-mapped
+        return opened(self.file)[self.start:self.stop]
+
+
+@dataclass
+class Dataset:
+    tracks: list                                            # of Track, sorted by name
+    train: list
+    validation: list
+    skipped: list                                           # of (name, reason)
+    latent_std: float                                       # over all channels, of some 20000 frames
+    hours: float
+
+
+def encode_track(file, path, model, tell):
+    """Make the latents file at `path` unless it is there. Returns its frames. UserError when the audio is no good.
+
+    tell: called with the seconds encoded so far."""
+    config = model.config
+    try:
+        frames, channels = np.load(path, mmap_mode="r").shape
+        if channels == config.latent_channels and frames >= config.block:       # else: padded to a shorter block
+            return frames
+    except (OSError, ValueError, EOFError):                 # absent or damaged
+        pass
+    parts, frames = [], 0
+    for latents in encode_chunks(model.autoencoder, config, at_least_a_block(file, read_audio(file, config), config)):
+        parts.append(latents.T.half().numpy())                                  # (n, C)
+        frames += len(parts[-1])
+        tell(frames / config.frame_rate)
+    latents = np.concatenate(parts)
+    if not np.isfinite(latents).all():
+        raise UserError(f"{file}: its latents are not finite")
+    write(path, lambda f: np.save(f, latents))
+    return frames
+
+
+def prepare(folder, model, latents_dir=None, device="cpu", quiet=False):
+    """Encode what is new or changed in the folder to `latents_dir` and return the Dataset.
+
+    The name of a latents file tells name, size and time of its audio and the encoder: where it exists, it is right.
+    Under torchrun call it in one process first. quiet: print nothing. UserError when there is no readable audio."""
+    folder, config, mark = Path(folder), model.config, fingerprint(model)
+    crc = lambda text: f"{zlib.crc32(text.encode('utf-8', 'surrogateescape')):08x}"
+    audio, metadata = audio_files(folder), read_metadata(folder)
+    if latents_dir is None:
+        latents_dir = Path("out", "latents", f"{folder.resolve().name}-{crc(f'{folder.resolve()} {mark}')}")
+    latents_dir = Path(latents_dir)
+    try:
+        latents_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{latents_dir}: cannot be made for the latents ({error.strerror})") from None
+
+    home = next(model.autoencoder.parameters()).device
+    model.autoencoder.to(device)
+    tracks, skipped = [], [(f.relative_to(folder).as_posix(), "not audio, or of a kind that libsndfile cannot read")
+                           for f in stray_files(folder)]
+    progress = tqdm(audio, desc="encoding", unit="file", leave=False, disable=quiet or None)
+    for file in progress:
+        name = file.relative_to(folder).as_posix()
+        try:
+            stat = os.stat(file) if file.is_file() else os.lstat(file)      # a broken link is told by read_audio
+            version = crc(f"{name} {stat.st_size} {stat.st_mtime_ns} {mark}")
+            path = latents_dir / f"{re.sub('[^a-zA-Z0-9]+', '_', name)[:80]}-{version}.npy"
+            frames = encode_track(file, path, model, lambda s: progress.set_postfix_str(f"{name}, {s:.0f} s"))
+            tracks.append(Track(name, prompt_of(file, folder, metadata), path, 0, frames))
+        except (UserError, soundfile.SoundFileError) as error:
+            skipped.append((name, str(error).removeprefix(f"{file}: ")))
+        except OSError as error:                            # a full disk is not the track's fault
+            raise UserError(f"{error.filename or latents_dir}: {error.strerror or error}; mend it, run again") from None
+    model.autoencoder.to(home)
+
+    if not tracks:
+        found = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3]) or "it is empty"
+        raise UserError(f"{folder}: no readable audio ({found}); put wav, flac, ogg, mp3, opus or aiff files there")
+    index = {t.name: {"latents": t.file.name, "frames": t.frames, "prompt": t.prompt} for t in tracks}
+    write(latents_dir / "index.json", lambda f: f.write(json.dumps(index, indent=1).encode()))      # for people
+    dataset = Dataset(tracks, *divide(tracks, config.block), sorted(skipped), latent_std(tracks),
+                      sum(t.frames for t in tracks) / config.frame_rate / 3600)
+    if not quiet:
+        report(dataset, latents_dir, set(metadata) - {t.name for t in tracks} - {name for name, _ in skipped})
+    return dataset
+
+
+def divide(tracks, block):
+    """Tracks -> (train, validation). Of a single track the last tenth, at least a block, is validation."""
+    if len(tracks) > 1:
+        train, validation = (set(names) for names in split([t.name for t in tracks]))
+        return [t for t in tracks if t.name in train], [t for t in tracks if t.name in validation]
+    track, = tracks
+    cut = track.stop - max(track.frames // 10, block)
+    if cut < block:                                         # nothing to set apart
+        return tracks, tracks
+    return [track._replace(stop=cut)], [track._replace(start=cut)]
+
+
+def latent_std(tracks):
+    step = max(1, sum(t.frames for t in tracks) // 20000)
+    return float(np.concatenate([t.latents[::step] for t in tracks]).astype(np.float64).std())
+
+
+def report(dataset, latents_dir, unknown):
+    """The closing lines, on stderr. unknown: names in the metadata that are no track."""
+    say = lambda line: print(line, file=sys.stderr)
+    for name, reason in dataset.skipped:
+        say(f"  skipped {name}: {reason}")
+    if unknown:
+        say(f"  metadata names {len(unknown)} files that are not there, {min(unknown)} for one")
+    say(f"{len(dataset.tracks)} tracks, {dataset.hours:.2f} h ({len(dataset.train)} to train on, "
+        f"{len(dataset.validation)} for validation), {len(dataset.skipped)} files skipped; "
+        f"latents (standard deviation {dataset.latent_std:.2f}) in {latents_dir}")
+
+
+# ------------------------------------------------------------------------------------------------ crops
+def crops_at(tracks, blocks, block, positions):
+    """Crops at positions in [0, 1) of all tracks laid end to end -> what `crop` returns."""
+    ends = np.cumsum([t.frames for t in tracks])
+    length, out, prompts, missing = blocks * block, [], [], []
+    for position in positions:
+        i = int(np.searchsorted(ends, position * ends[-1], side="right"))
+        track, latents = tracks[i], tracks[i].latents
+        if track.frames >= length:
+            spare = track.frames - length                   # position within the track -> start within what it leaves
+            start = int((position * ends[-1] - ends[i] + track.frames) / track.frames * (spare + 1))
+            latents = latents[min(start, spare):][:length]
+        else:                                               # whole blocks from the end, as a stream would be primed
+            latents = latents[track.frames % block:]
+        latents = torch.from_numpy(latents.T.astype(np.float32))                            # (C, frames)
+        out.append(torch.nn.functional.pad(latents, (length - latents.shape[1], 0)))
+        prompts.append(track.prompt)
+        missing.append((length - latents.shape[1]) // block)
+    return torch.stack(out), prompts, torch.tensor(missing)
+
+
+def crop(tracks, blocks, block, count, rng):
+    """Random crops, every frame of the tracks as likely as any other, not aligned to blocks. rng: a numpy Generator.
+
+    Returns latents (count, C, blocks * block) float32, the prompts, and how many blocks of each crop are missing
+    (count,): a track too short for it stands at the right end, zeros before it, as a stream begins."""
+    return crops_at(tracks, blocks, block, rng.random(count))
+
+
+def fixed_crops(tracks, blocks, block, count):
+    """As `crop`, but evenly spaced over the tracks and the same every time: for validation."""
+    return crops_at(tracks, blocks, block, (np.arange(count) + 0.5) / count)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Encode a folder of audio and say what a training would learn from.")
+    parser.add_argument("data", help="folder of audio files")
+    parser.add_argument("--ckpt", default="nano.pt", help="checkpoint whose autoencoder encodes")
+    parser.add_argument("--latents", help="folder for the latents (default: one of its own in out/latents)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)
+    from sample import load
+    dataset = prepare(args.data, load(args.ckpt), args.latents, args.device)
+    held_out = {t.name for t in dataset.validation}
+    for track in dataset.tracks[:20]:
+        print(f"{track.name}{' (validation)' if track.name in held_out else ''}: {track.prompt}")
+
+
+if __name__ == "__main__":
+    from sample import run
+    run(main)

@@ -1,0 +1,353 @@
+"""Stage 1: teach a diffusion model to go on from clean context, one block after another (the paper, section 3).
+
+    python finetune.py --data path/to/music                       # from the shipped nano.pt, on a laptop
+    python finetune.py --data path/to/music --init out/sao_small.pt --batch 32 --accumulate 8
+    torchrun --nproc_per_node=2 finetune.py --data path/to/music  # data parallel: the same batch, shared out
+
+Everything random in step n comes from (seed, n): a resumed run, and one shared by several processes, draws the same.
+"""
+import argparse
+import contextlib
+import csv
+import math
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.quasirandom import SobolEngine
+from tqdm import tqdm
+
+import data
+from model import LMDM, PRESETS, Cond, UserError, add_noise, shift_time, velocity
+from sample import WavWriter, decode_stream, load, pcm, read_checkpoint, run, save, stream, whole
+
+
+# ------------------------------------------------------------------------------------------------ the loss
+def block_losses(model, memory, latents, noise, t, remat=False):
+    """Mean squared error on v of the last m blocks of latents (B, C, n * block), each at its own level t (B, m).
+
+    One pass over [clean blocks | noisy blocks | timestep tokens]: noisy block i sees the clean blocks before it, never
+    itself clean. Block-causal: equal to taking the m blocks one by one with their whole history. Returns (B, m)."""
+    c, m = model.config, t.shape[1]
+    n = latents.shape[-1] // c.block
+    x0 = latents[..., -m * c.block:]
+    level = t.repeat_interleave(c.block, dim=1)[:, None]                                    # (B, 1, m * block)
+    v = model.dit.blocks(memory, add_noise(x0, noise, level, c.objective), t, tuple(range(n - m, n)),
+                         latents[..., :-c.block], tuple(range(n - 1)), remat=remat)[0]
+    error = (v.float() - velocity(x0, noise, level, c.objective)).square()
+    return error.unflatten(-1, (m, c.block)).mean(dim=(1, 3))
+
+
+def missing_context(rng, count, config):
+    """How many of the oldest context blocks to take away from each of `count` items.
+
+    Encoder-decoder, as the paper: p = 0.2 all, p = 0.3 one to all. Block-causal: half start as a stream starts."""
+    c, kind, some = config.context_blocks, rng.random(count), rng.integers(1, config.context_blocks + 1, count)
+    if config.causal:
+        return np.where(kind < 0.5, c, 0)
+    return np.where(kind < 0.2, c, np.where(kind < 0.5, some, 0))
+
+
+def draw_batch(tracks, config, batch, blocks, rows, seed, step):
+    """Rows (a slice) of the batch of `step`: latents, prompts, noise, levels, weights of blocks, who keeps the prompt.
+
+    latents (B, C, (context_blocks + blocks) * block), the last `blocks` to be learned, noise of those, t (B, blocks)."""
+    rng, c = np.random.default_rng([seed, step]), config
+    positions, missing, kept = rng.random(batch), missing_context(rng, batch, c), rng.random(batch) >= 0.1
+    generator = torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
+    noise = torch.randn(batch, c.latent_channels, blocks * c.block, generator=generator)
+    t = SobolEngine(1, scramble=True, seed=int(rng.integers(2 ** 31))).draw(batch * blocks).reshape(batch, blocks)
+    t = t[:, torch.from_numpy(rng.permutation(blocks))]
+    latents, prompts, absent = data.crops_at(tracks, c.context_blocks + blocks, c.block, positions[rows])
+    for item, gone in zip(latents, missing[rows]):
+        item[:, :gone * c.block] = 0
+    return latents, prompts, noise[rows], shift_time(t, c.window)[rows], block_weights(absent, c, blocks), torch.from_numpy(kept[rows])
+
+
+def block_weights(absent, config, blocks):
+    """1 / (blocks to learn) for each block of an item that is music, 0 where the track was too short: (B, blocks)."""
+    real = (torch.arange(blocks) + config.context_blocks >= absent[:, None]).float()
+    return real / real.sum(1, keepdim=True).clamp(min=1)
+
+
+@torch.no_grad()
+def validation_loss(model, tracks, texts, args, device, precision):
+    """The loss on fixed crops, noise and levels, with context and prompts: comparable between steps and runs."""
+    c, blocks, count = model.config, args.blocks, args.validation_crops
+    latents, prompts, absent = data.fixed_crops(tracks, c.context_blocks + blocks, c.block, count)
+    noise = torch.randn(count, c.latent_channels, blocks * c.block, generator=torch.Generator().manual_seed(0))
+    t = shift_time((torch.arange(count * blocks) * 0.618034 + 0.5) % 1, c.window).reshape(count, blocks)
+    weights, total, size = block_weights(absent, c, blocks), 0.0, max(1, args.batch // args.accumulate)
+    for rows in (slice(i, i + size) for i in range(0, count, size)):
+        with precision():
+            memory = model.dit.memory(condition(model, texts, prompts[rows], device))
+            loss = block_losses(model, memory, *(y[rows].to(device) for y in (latents, noise, t)))
+        total += (loss.cpu() * weights[rows]).sum().item()
+    return total / (weights.sum().item())
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+def encode_texts(model, tracks):
+    """Where prompts go through T5: {prompt: embedding}, made once. The word table is trained, so it is asked each step."""
+    if model.config.text == "words":
+        return None
+    prompts = sorted({t.prompt for t in tracks})
+    with torch.no_grad():
+        return dict(zip(prompts, model.conditioner.embed_text(prompts)))
+
+
+def condition(model, texts, prompts, device, kept=None):
+    """Cond of a batch of prompts; where `kept` is False the tokens are zero, which is what guidance leaves out."""
+    text = prompts if texts is None else torch.stack([texts[p] for p in prompts]).to(device)
+    cond = model.conditioner(text, **model.config.stream_numbers)
+    return cond if kept is None else Cond(cond.tokens * kept.to(device)[:, None, None], cond.global_)
+
+
+# ------------------------------------------------------------------------------------------------ machine
+def start_processes(device):
+    """(rank, world, device) of this process: torchrun's, or the only one."""
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device(device)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))    # one may encode for hours
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+def average_gradients(parameters, world):
+    """Mean of all processes' gradients, in one message."""
+    if world == 1:
+        return
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([g.flatten() for g in grads]) / world
+    dist.all_reduce(flat)
+    for p, g in zip(parameters, flat.split([g.numel() for g in grads])):
+        p.grad = g.view_as(p)
+
+
+def has_bf16(device):
+    """Does this machine multiply bf16 matrices in hardware?"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def precision_of(name, device):
+    """"auto", "float32" or "bf16" -> a context manager to run the network in. Weights and optimizer stay float32."""
+    if name == "bf16" or name == "auto" and has_bf16(device):
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext
+
+
+def micro_rows(batch, accumulate, world, rank):
+    """The slices of a batch that this process works through, one backward pass each. Raises UserError."""
+    if batch % (accumulate * world):
+        raise UserError(f"--batch {batch} does not divide into {accumulate} accumulations x {world} processes")
+    size = batch // (accumulate * world)
+    return [slice((i * world + rank) * size, (i * world + rank + 1) * size) for i in range(accumulate)]
+
+
+# ------------------------------------------------------------------------------------------------ records
+class Log:
+    """A CSV file beside the checkpoint, one row at a time; a resumed run drops the rows that it will write again."""
+
+    def __init__(self, path, columns, step):
+        self.path, self.columns, rows = Path(path), columns, []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if step and self.path.exists():
+            with open(self.path, newline="") as f:
+                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= step]
+        with open(self.path, "w", newline="") as f:
+            writer = csv.DictWriter(f, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def write(self, **row):
+        with open(self.path, "a", newline="") as f:
+            csv.DictWriter(f, self.columns, restval="").writerow(row)
+
+
+def render_sample(model, texts, prompt, path, seconds, device, precision):
+    """A short stream as the checkpoint would play it, to a WAV file."""
+    c = model.config
+    with precision(), torch.no_grad():
+        cond = condition(model, texts, [prompt], device)
+        latents = [z.float() for z in stream(model, cond, blocks=math.ceil(seconds * c.frame_rate / c.block))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as f:
+        writer = WavWriter(f, c.sample_rate, c.audio_channels)
+        for audio in decode_stream(model.autoencoder, latents):
+            writer.write(pcm(audio))
+        writer.close()
+
+
+# ------------------------------------------------------------------------------------------------ the script
+def parser():
+    p = argparse.ArgumentParser(description="Finetune a model to stream, on a folder of audio.", allow_abbrev=False)
+    p.add_argument("--data", help="folder of audio files (needed, except with --resume)")
+    p.add_argument("--out", default="out/finetune.pt")
+    p.add_argument("--init", default=str(Path(__file__).parent / "nano.pt"), help="checkpoint to start from, or none")
+    p.add_argument("--preset", choices=sorted(PRESETS), default="nano", help="sizes for --init none")
+    p.add_argument("--resume", action="store_true", help="go on from --out, with its settings unless given anew")
+    # the stream
+    p.add_argument("--causal", action=argparse.BooleanOptionalAction, help="block-causal or encoder-decoder (default: the checkpoint's)")
+    p.add_argument("--block", type=whole, help="frames of a block (default: the checkpoint's)")
+    p.add_argument("--context-blocks", type=whole, help="blocks of context (default: the checkpoint's)")
+    p.add_argument("--blocks", type=whole, default=8, help="blocks learned at once in a crop, with --causal")
+    # optimization
+    p.add_argument("--steps", type=whole, default=10000)
+    p.add_argument("--batch", type=whole, default=16, help="crops per step, over all processes and accumulations")
+    p.add_argument("--accumulate", type=whole, default=1, help="backward passes per step")
+    p.add_argument("--lr", type=float, default=5e-5)
+    p.add_argument("--lr-end", type=float, help="cosine to this at the last step (default: constant)")
+    p.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
+    p.add_argument("--clip", type=float, default=1.0, help="gradient norm")
+    p.add_argument("--seed", type=int, default=0)
+    # reports
+    p.add_argument("--every", type=whole, default=250, help="steps between validation, checkpoint and log row")
+    p.add_argument("--validation-crops", type=whole, default=32)
+    p.add_argument("--sample-every", type=int, default=1000, help="steps between samples in out/samples, 0 for none")
+    p.add_argument("--sample-seconds", type=float, default=10)
+    # machine
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto")
+    p.add_argument("--remat", action=argparse.BooleanOptionalAction, default=False, help="activation checkpointing: less memory, a third slower")
+    p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+    return p
+
+
+def parse(p):
+    """Arguments; with --resume the ones not given are those of the run to be resumed. Returns (args, checkpoint or None)."""
+    args, saved = p.parse_args(), None
+    if args.resume:
+        saved = read_checkpoint(args.out)
+        if "args" not in saved:
+            raise UserError(f"{args.out} holds no training to resume")
+        p.set_defaults(**saved["args"])
+        args = p.parse_args()
+    if args.data is None:
+        raise UserError("--data is missing: name a folder of audio files")
+    return args, saved
+
+
+def start_model(args):
+    """The model that --init, --preset and the stream's options name."""
+    overrides = {k: getattr(args, k) for k in ("causal", "block", "context_blocks") if getattr(args, k) is not None}
+    if args.init != "none":
+        model = load(args.init, **overrides)
+        keep = model.sampling if model.stage == "finetune" else {}
+        if model.stage == "autoencoder":                    # an autoencoder alone: its other weights say nothing yet
+            fresh = LMDM(model.config)
+            fresh.autoencoder = model.autoencoder
+            model = fresh
+    else:
+        model, keep = LMDM(type(PRESETS[args.preset])(**{**PRESETS[args.preset].to_dict(), **overrides})), {}
+    model.stage, model.sampling = "finetune", dict(keep)
+    return model
+
+
+def learning_rate(step, args):
+    end = args.lr if args.lr_end is None else args.lr_end
+    return min(1, (step + 1) / max(1, args.warmup)) * (end + (args.lr - end) * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+
+
+def main():
+    args, saved = parse(parser())
+    torch.set_flush_denormal(True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rank, world, device = start_processes(args.device)
+    rows = micro_rows(args.batch, args.accumulate, world, rank)
+    torch.manual_seed(args.seed)                            # for weights that start at random
+    model = start_model(args) if saved is None else load(args.out)
+    c, precision, say = model.config, precision_of(args.precision, device), lambda text: rank or print(text, file=sys.stderr)
+    args.blocks = args.blocks if c.causal else 1
+
+    # --- data: encoded once, by the first process
+    if rank:
+        dist.barrier()
+    dataset = data.prepare(args.data, model, device=device, quiet=rank > 0)
+    if world > 1 and not rank:
+        dist.barrier()
+    texts = encode_texts(model, dataset.tracks)
+    model.sampling["prompt"] = (dataset.validation or dataset.train)[0].prompt
+    model.to(device).requires_grad_(False)
+
+    # --- optimizer: everything but the autoencoder
+    trained = [p.requires_grad_() for part in (model.dit, model.conditioner) for p in part.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=0)
+    step = 0
+    if saved is not None:
+        optimizer.load_state_dict(saved["optimizer"])
+        step = saved["step"]
+        del saved
+    log = Log(Path(args.out).with_suffix(".csv"), ("step", "loss", "validation", "lr", "seconds"), step) if not rank else None
+    say(f"{'block-causal' if c.causal else 'encoder-decoder'}, {sum(p.numel() for p in trained) / 1e6:.1f} M parameters to train; window "
+        f"{c.window} frames = {c.window / c.frame_rate:.2f} s, {args.blocks} of {c.block} learned at once; batch {args.batch} = {world} "
+        f"processes x {args.accumulate} x {args.batch // world // args.accumulate}; {device.type}, "
+        f"{'bf16' if precision is not contextlib.nullcontext else 'float32'}; steps {step} to {args.steps}")
+
+    def write():
+        if not rank:
+            save(model, args.out, step, " ".join(["finetune.py", *sys.argv[1:]]), optimizer=optimizer.state_dict(), args=vars(args))
+    if step == 0:
+        start = validation_loss(model, dataset.validation, texts, args, device, precision)
+        say(f"step 0: validation {start:.4f}")
+        if not rank:
+            log.write(step=0, validation=f"{start:.6f}")
+
+    # --- the loop
+    bar, clock = tqdm(total=args.steps, initial=step, file=sys.stderr, disable=None if not rank else True), time.time()
+    try:
+        while step < args.steps:
+            total = 0.0
+            for part in rows:
+                latents, prompts, noise, t, weights, kept = draw_batch(dataset.train, c, args.batch, args.blocks, part, args.seed, step)
+                with precision():
+                    memory = model.dit.memory(condition(model, texts, prompts, device, kept))
+                    losses = block_losses(model, memory, latents.to(device), noise.to(device), t.to(device), args.remat)
+                loss = (losses * weights.to(device)).sum() * world / args.batch     # the mean over processes is the batch's
+                loss.backward()
+                total += loss.detach()
+            average_gradients(trained, world)
+            norm = nn.utils.clip_grad_norm_(trained, args.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            bar.update()
+            if step % 10 == 0:
+                bar.set_postfix_str(f"loss {total.item():.4f}, gradient {norm.item():.2f}")
+
+            # --- validation, checkpoint, sample
+            if step % args.every == 0 or step == args.steps:
+                held_out = validation_loss(model, dataset.validation, texts, args, device, precision)
+                bar.write(f"step {step}: loss {total.item():.4f}, validation {held_out:.4f}, {(time.time() - clock):.0f} s", file=sys.stderr)
+                if not rank:
+                    log.write(step=step, loss=f"{total.item():.9g}", validation=f"{held_out:.9g}", lr=f"{learning_rate(step - 1, args):.3g}",
+                              seconds=f"{time.time() - clock:.1f}")
+                write()
+            if args.sample_every and step % args.sample_every == 0 and not rank:
+                path = Path(args.out).parent / "samples" / f"{Path(args.out).stem}_{step}.wav"
+                render_sample(model, texts, model.sampling["prompt"], path, args.sample_seconds, device, precision)
+                bar.write(f"-> {path}", file=sys.stderr)
+    except KeyboardInterrupt:                               # between backward and step nothing was changed: `step` is right
+        write()
+        say(f"\nstopped after step {step}; go on with --resume")
+        raise
+    finally:
+        bar.close()
+        if world > 1:
+            dist.destroy_process_group()
+    say(f"-> {args.out}; hear it with: python sample.py --ckpt {args.out} > out.wav")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,186 @@
+"""Is it music, and does it stay so? Figures of a checkpoint's streams beside the same figures of held-out recordings.
+
+    python measure.py --data data/nano                      # sound: 8 streams of 30 s against the held-out tracks
+    python measure.py --data data/nano --drift              # 8 streams of 2 minutes, ten seconds at a time
+
+The distance is Frechet's between Gaussian fits of 64-band log-mel frames with their deltas: no network judges another.
+"""
+import argparse
+import csv
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torchaudio.functional import compute_deltas
+from torchaudio.transforms import MelSpectrogram
+from tqdm import tqdm
+
+import data
+from model import UserError
+from sample import decode_stream, default_checkpoint, load, pcm, run, sampling_settings, stream, whole
+
+HOP = 512                                                   # samples between frames of the figures below
+
+
+# ------------------------------------------------------------------------------------------------ figures of a sound
+def log_mel(audio, rate):
+    """Audio (2, n) -> power of the mid signal in 64 mel bands in dB, floor -80 (frames, 64)."""
+    mel = MelSpectrogram(rate, n_fft=2048, hop_length=HOP, n_mels=64, f_min=30, normalized=True)(audio.mean(0))
+    return 10 * mel.clamp(min=1e-8).log10().T
+
+
+def features(audio, rate):
+    """Log-mel frames with deltas over five frames: (frames, 128)."""
+    mel = log_mel(audio, rate)
+    return torch.cat([mel, compute_deltas(mel.T).T], dim=1)
+
+
+def frechet(a, b):
+    """Frechet distance, in dB squared, between Gaussian fits of two sets of frames (n, d) and (m, d)."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def onsets_per_second(audio, rate):
+    """Peaks of spectral flux: frames that rise 1.5 dB a band above the half second around them, highest within 50 ms."""
+    flux = log_mel(audio, rate).diff(dim=0).clamp(min=0).mean(1)[None, None]
+    near, around = round(0.05 * rate / HOP), round(0.25 * rate / HOP)
+    highest = torch.nn.functional.max_pool1d(flux, 2 * near + 1, 1, near)
+    level = torch.nn.functional.avg_pool1d(flux, 2 * around + 1, 1, around, count_include_pad=False)
+    return ((flux == highest) & (flux > level + 1.5)).sum().item() / (audio.shape[-1] / rate)
+
+
+def chroma_change(audio, rate, seconds=2.0):
+    """Mean cosine distance between the pitch-class contents (55-2000 Hz) of moments `seconds` apart."""
+    size, hop = 8192, 2048
+    spectrum = torch.stft(audio.mean(0), size, hop, window=torch.hann_window(size), return_complex=True).abs()
+    hertz = torch.arange(spectrum.shape[0]) * rate / size
+    used = (hertz > 55) & (hertz < 2000)
+    pitch = (12 * torch.log2(hertz[used] / 440)).round().long() % 12
+    chroma = torch.zeros(12, spectrum.shape[1]).index_add_(0, pitch, spectrum[used])
+    chroma = torch.nn.functional.normalize(chroma[:, chroma.norm(dim=0) > 1e-2], dim=0)
+    lag = round(seconds * rate / hop)
+    return (1 - (chroma[:, lag:] * chroma[:, :-lag]).sum(0)).mean().item()
+
+
+# ------------------------------------------------------------------------------------------------ what is compared
+def read_split(folder, config, seconds, most):
+    """(training, held-out) audio: up to `most` excerpts of `seconds` a side, from the middle of the split's tracks."""
+    files = {f.relative_to(folder).as_posix(): f for f in data.audio_files(folder)}
+    sides, n = [], round(seconds * config.sample_rate)
+    for names in data.split(list(files)):
+        excerpts = []
+        for name in names[::max(1, len(names) // most)][:most]:
+            audio = torch.cat(list(data.read_audio(files[name], config)), dim=1)
+            if audio.shape[1] >= n // 2:
+                start = max(0, (audio.shape[1] - n) // 2)
+                excerpts.append(audio[:, start:start + n])
+        sides.append(excerpts)
+    if not sides[0] or not sides[1]:
+        raise UserError(f"{folder}: needs tracks of at least {seconds / 2:.0f} s on both sides of the split")
+    return sides
+
+
+def make_streams(model, prompts, seconds, args):
+    """One stream for each seed, prompts in turn: audio (2, n) and latents (C, T) of each."""
+    c, out = model.config, []
+    for seed in tqdm(range(args.seeds), desc="streams", file=sys.stderr, disable=None):
+        cond = model.conditioner([prompts[seed % len(prompts)]], **c.stream_numbers)
+        blocks = math.ceil((seconds * c.frame_rate + c.decoder_margin) / c.block)
+        latents = list(stream(model, cond, blocks=blocks, steps=args.steps, sampler=args.sampler, cfg=args.cfg, seed=seed))
+        audio = torch.cat(list(decode_stream(model.autoencoder, latents)), dim=-1)[0, :, :round(seconds * c.sample_rate)]
+        out.append((audio.cpu(), torch.cat(latents, dim=-1)[0].cpu()))
+        if args.keep:
+            Path(args.keep).mkdir(parents=True, exist_ok=True)
+            soundfile.write(Path(args.keep, f"seed{seed}.flac"), pcm(audio[None]), c.sample_rate)
+    return out
+
+
+def sound(model, prompts, args):
+    """Print the figures of 30 s streams beside those of training and held-out recordings."""
+    rate, seconds = model.config.sample_rate, args.seconds or 30
+    train, held_out = read_split(Path(args.data), model.config, seconds, args.excerpts)
+    made = [audio for audio, _ in make_streams(model, prompts, seconds, args)]
+    frames = {name: torch.cat([features(a, rate) for a in side]) for name, side in
+              (("training", train), ("held out", held_out), ("streams", made))}
+    print(f"{'':10} {'n':>3} {'onsets/s':>9} {'chroma change':>14} {'level dB':>9} {'distance to held out':>21}")
+    for name, side in (("training", train), ("held out", held_out), ("streams", made)):
+        mean = lambda f: np.mean([f(a, rate) for a in side])
+        level = np.mean([20 * math.log10(a.square().mean().sqrt().item() + 1e-9) for a in side])
+        distance = "" if name == "held out" else f"{frechet(frames[name], frames['held out']):.1f}"
+        print(f"{name:10} {len(side):3d} {mean(onsets_per_second):9.2f} {mean(chroma_change):14.3f} {level:9.1f} {distance:>21}")
+
+
+def drift(model, prompts, args):
+    """The distance to held-out recordings, ten seconds at a time, over all seeds; its gap and slope; CSV and PNG."""
+    rate, seconds, window = model.config.sample_rate, args.seconds or 120, 10
+    _, held_out = read_split(Path(args.data), model.config, 60, args.excerpts)
+    reference = torch.cat([features(a, rate) for a in held_out])
+    made, rows = make_streams(model, prompts, seconds, args), []
+    for start in range(0, int(seconds) - window + 1, window):
+        audio = [a[:, start * rate:(start + window) * rate] for a, _ in made]
+        at = slice(round(start * model.config.frame_rate), round((start + window) * model.config.frame_rate))
+        rows.append(dict(second=start, distance=frechet(torch.cat([features(a, rate) for a in audio]), reference),
+                         latent_std=torch.stack([z[:, at] for _, z in made]).std().item(),
+                         clipped=np.mean([(a.abs() > 1).float().mean().item() for a in audio])))
+    curve = np.array([row["distance"] for row in rows])
+    ends = max(1, round(0.15 * len(curve)))
+    gap, slope = curve[-ends:].mean() - curve[:ends].mean(), np.polyfit([row["second"] / 120 for row in rows], curve, 1)[0]
+    for row in rows:
+        print(f"{row['second']:4d} s  distance {row['distance']:8.1f}  latents {row['latent_std']:.3f}  clipped {100 * row['clipped']:.4f} %")
+    print(f"mean {curve.mean():.1f}, last 15 % - first 15 %: {gap:+.1f}, slope over 2 minutes: {slope:+.1f}, {len(made)} streams")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{args.out}.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print(f"-> {args.out}.csv (pip install matplotlib for a picture)", file=sys.stderr)
+        return
+    pyplot.figure(figsize=(6, 3))
+    pyplot.plot([row["second"] + window / 2 for row in rows], curve)
+    pyplot.xlabel("seconds"), pyplot.ylabel("distance to held-out audio"), pyplot.ylim(bottom=0), pyplot.tight_layout()
+    pyplot.savefig(f"{args.out}.png", dpi=100)
+    print(f"-> {args.out}.csv, {args.out}.png", file=sys.stderr)
+
+
+def main():
+    p = argparse.ArgumentParser(description="Measure a checkpoint's streams beside held-out recordings.", allow_abbrev=False)
+    p.add_argument("--data", required=True, help="folder of audio that the model was trained on; its held-out tracks are the measure")
+    p.add_argument("--ckpt", help="checkpoint (default: as sample.py)")
+    p.add_argument("--drift", action="store_true", help="follow the distance over time instead of printing figures")
+    p.add_argument("--seconds", type=whole, help="length of each stream (default: 30, with --drift 120)")
+    p.add_argument("--seeds", type=whole, default=8, help="number of streams")
+    p.add_argument("--excerpts", type=whole, default=40, help="recordings of each side of the split, at most")
+    p.add_argument("--steps", type=whole)
+    p.add_argument("--cfg", type=float)
+    p.add_argument("--sampler", choices=("euler", "pingpong"))
+    p.add_argument("--keep", help="folder to keep the streams in, as FLAC")
+    p.add_argument("--out", default="out/drift", help="name of the CSV and PNG of --drift, without suffix")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+    args = p.parse_args()
+    torch.set_flush_denormal(True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    path = args.ckpt or default_checkpoint()
+    model = load(path).to(args.device)
+    metadata, folder = data.read_metadata(args.data), Path(args.data)
+    held_out = data.split([f.relative_to(folder).as_posix() for f in data.audio_files(folder)])[1]
+    prompts = [data.prompt_of(folder / name, folder, metadata) for name in held_out]
+    print(f"{path}: {model.stage}, {sampling_settings(model, args.steps, args.sampler, args.cfg)}", file=sys.stderr)
+    with torch.no_grad():
+        (drift if args.drift else sound)(model, prompts, args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,418 @@
+"""Play: one block after another, for as long as you like.
+
+    python sample.py --seconds 600 > out.wav
+    python sample.py --seconds inf --prompt "fast arpeggios in D minor on piano" | ffplay -nodisp -
+
+`denoise_block` makes a block and `Context` remembers the finished ones (the KV cache); training rolls out with the same
+two. `decode_stream` turns blocks into audio without seams. See "How it works" in the README.
+"""
+import argparse
+import itertools
+import math
+import os
+import struct
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import soundfile
+import torch
+from tqdm import tqdm
+
+from model import LMDM, Cond, Config, UserError, add_noise, denoise, guided, schedule
+
+DEFAULTS = {                                                # by the stage recorded in the checkpoint
+    "base": dict(sampler="pingpong", steps=8, cfg=1.0),
+    "finetune": dict(sampler="euler", steps=50, cfg=7.0),
+    "arc": dict(sampler="pingpong", steps=8, cfg=1.0),
+}
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+def save(model, path, step=0, made="", dtype=torch.float32, **extra):
+    """Write config, weights, stage, step and how it was made to one file, whole or not at all. extra: plain values."""
+    path = Path(path)
+    # only matrices are rounded: vectors (norms, frequencies, biases) are small and sensitive
+    weights = {k: v.to("cpu", dtype if v.ndim > 1 else torch.float32) for k, v in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"config": model.config.to_dict(), "weights": weights, "stage": model.stage, "sampling": model.sampling,
+                "step": step, "made": made, **extra}, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def read_checkpoint(path):
+    """The checkpoint as a dictionary. Raises UserError where it is missing, corrupt, or not one of ours."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:
+        raise UserError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:100]})") from None
+    if not isinstance(saved, dict) or not {"config", "weights", "stage"} <= set(saved):
+        raise UserError(f"{path} is not a checkpoint of this project; public weights go through stable_audio_port.py first")
+    return saved
+
+
+def load(path, **overrides):
+    """Read this project's checkpoint -> model in eval mode, float32, CPU. overrides: Config fields.
+
+    Raises UserError where keys or shapes do not match, naming the first few."""
+    saved = read_checkpoint(path)
+    try:
+        config = Config.from_dict({**saved["config"], **overrides})
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    with torch.device("meta"):                              # no time lost on random weights
+        model = LMDM(config, saved["stage"], saved.get("sampling"))
+    want, have = model.state_dict(), saved["weights"]
+    wrong = [f"{k} missing" for k in want if k not in have] + [f"{k} unknown" for k in have if k not in want]
+    wrong += [f"{k} is {tuple(have[k].shape)}, not {tuple(want[k].shape)}" for k in want
+              if k in have and have[k].shape != want[k].shape]
+    if wrong:
+        raise UserError(f"{path} does not fit its config: {'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
+    model.load_state_dict({k: v.float() for k, v in have.items()}, assign=True)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------ one block after another
+class Context:
+    """The finished blocks that the next block sees, with their keys and values: the KV cache.
+
+    A finished block waits in `pending` until the next block's first denoising step, whose pass also takes it along,
+    clean, and caches its keys and values. Encoder-decoder: the whole context waits, and the cache is made anew.
+    Without a cache every step runs over all blocks that have any influence. Gradients never enter the context."""
+
+    def __init__(self, model, memory, prime, use_cache=True, first=0):
+        """prime: latents (B, C, whole blocks, possibly none); first: number of the first context block."""
+        self.model, self.memory, self.use_cache, c = model, memory, use_cache, model.config
+        self.index = first                                  # of the next block
+        self.kv, self.kv_index = None, ()                   # per layer (k, v), and the blocks they belong to
+        self.pending, self.pending_index = None, ()
+        self.history = deque(maxlen=c.context_blocks if use_cache else c.reach_blocks)
+        blocks = list(prime.split(c.block, dim=-1)) if prime.shape[-1] else []
+        zeros = prime.new_zeros(*prime.shape[:-1], c.block)
+        for block in [zeros] * (c.context_blocks - len(blocks)) + blocks:
+            self.append(block)
+
+    @torch.no_grad()
+    def append(self, block):
+        """A block (B, C, block) is finished."""
+        c = self.model.config
+        if self.pending is not None and self.use_cache and c.causal:
+            self.fill()                                     # only while priming: a denoised block has filled it already
+        self.history.append(block.detach())
+        self.index += 1
+        if self.use_cache and c.causal:
+            self.pending, self.pending_index = self.history[-1], (self.index - 1,)
+        else:
+            self.kv, self.kv_index = None, ()
+            self.pending = torch.cat(tuple(self.history), dim=-1)
+            self.pending_index = tuple(range(self.index - len(self.history), self.index))
+
+    def run(self, x=None, t=None):
+        """One pass over [pending | x | its timestep token] -> v, and the keys and values of pending."""
+        copies = lambda y: None if y is None else y.repeat(len(self.memory.global_) // len(y), 1, 1)    # guidance: 2
+        t = None if t is None else t.expand(len(self.memory.global_), 1)
+        return self.model.dit.blocks(self.memory, copies(x), t, () if x is None else (self.index,),
+                                     copies(self.pending), self.pending_index, self.kv, self.kv_index)
+
+    def store(self, new):
+        """Append keys and values of the pending blocks to the cache and forget what no later block sees."""
+        keep = self.model.config.context
+        if self.kv is not None:
+            new = [(torch.cat([k, k2], dim=2), torch.cat([v, v2], dim=2)) for (k, v), (k2, v2) in zip(self.kv, new)]
+        self.kv = [(k[:, :, -keep:], v[:, :, -keep:]) for k, v in new]
+        self.kv_index = (self.kv_index + self.pending_index)[-self.model.config.context_blocks:]
+        self.pending, self.pending_index = None, ()
+
+    @torch.no_grad()
+    def fill(self):
+        self.store(self.run()[1])
+
+    def predict(self, x, t):
+        """v (B, C, block) of the next block x at level t. With guidance the batch is doubled: (2B, C, block)."""
+        if not self.use_cache:
+            return self.run(x, t)[0]
+        if self.pending is not None and torch.is_grad_enabled():
+            self.fill()                                     # a pass of its own, so that no gradient reaches the context
+        v, new = self.run(x, t)
+        if self.pending is not None:
+            self.store(new)
+        return v
+
+
+def denoise_block(predict, x, levels, sampler, objective, draw, grad=False):
+    """From noise x (B, C, T) to x0, evaluating predict(x, t) -> v at each of `levels`, falling from 1.
+
+    sampler: "euler" keeps the predicted noise, "pingpong" draws fresh noise with draw(). With grad only the last
+    evaluation is differentiated (ARC-Forcing). Stopping early is passing fewer levels."""
+    for i, t in enumerate(levels):
+        with torch.set_grad_enabled(grad and i == len(levels) - 1):
+            x0, eps = denoise(x, predict(x, t), t, objective)
+        if i + 1 < len(levels):
+            x = add_noise(x0, eps if sampler == "euler" else draw(), levels[i + 1], objective)
+    return x0
+
+
+def sampling_settings(model, steps=None, sampler=None, cfg=None):
+    """What the caller names, else what the checkpoint recommends, else the stage's defaults."""
+    settings = {**DEFAULTS.get(model.stage, DEFAULTS["finetune"]), **model.sampling}
+    if model.stage == "base" and model.config.objective == "v":
+        settings = dict(sampler="euler", steps=100, cfg=7.0)
+    named = dict(steps=steps, sampler=sampler, cfg=cfg)
+    return {k: settings[k] if v is None else v for k, v in named.items()}
+
+
+def with_null(cond, cfg):
+    """The batch that guidance needs: [conditional | null], or just the condition where cfg is 1."""
+    return cond if cfg == 1 else Cond(*(torch.cat(pair) for pair in zip(cond, cond.null())))
+
+
+@torch.no_grad()
+def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed=0, prime=None, use_cache=True):
+    """Yield latent blocks (B, C, block), for ever when `blocks` is None; the first n do not depend on `blocks`.
+
+    prime: latents (B, C, T) to go on from; frames before its first whole block are dropped. steps, sampler and cfg
+    default to what suits the checkpoint's stage."""
+    c, settings = model.config, sampling_settings(model, steps, sampler, cfg)
+    cfg, device, rng = settings["cfg"], cond.tokens.device, torch.Generator().manual_seed(seed)
+    levels = schedule(settings["steps"])[:-1].to(device)
+    shape = len(cond.tokens), c.latent_channels, c.block
+    draw = lambda: torch.randn(shape, generator=rng).to(device)
+    prime = draw().new_zeros(*shape[:2], 0) if prime is None else prime[..., prime.shape[-1] % c.block:].to(device)
+    rng.manual_seed(seed)
+    context = Context(model, model.dit.memory(with_null(cond, cfg)), prime, use_cache)
+    predict = context.predict if cfg == 1 else lambda x, t: guided(context.predict(x, t), cfg)
+    for _ in itertools.count() if blocks is None else range(blocks):
+        x = denoise_block(predict, draw(), levels, settings["sampler"], c.objective, draw)
+        context.append(x)
+        yield x
+
+
+@torch.no_grad()
+def clip(model, cond, frames, *, steps=None, sampler=None, cfg=None, seed=0):
+    """One clip of latents (B, C, frames) made whole, as the public model does: no context, no blocks."""
+    settings, rng = sampling_settings(model, steps, sampler, cfg), torch.Generator().manual_seed(seed)
+    cfg, doubled = settings["cfg"], with_null(cond, settings["cfg"])
+    draw = lambda: torch.randn(len(cond.tokens), model.config.latent_channels, frames, generator=rng).to(cond.tokens.device)
+
+    def predict(x, t):
+        if cfg == 1:
+            return model.dit(x, t.expand(len(x)), cond)
+        return guided(model.dit(x.repeat(2, 1, 1), t.expand(2 * len(x)), doubled), cfg)
+    levels = schedule(settings["steps"])[:-1].to(cond.tokens.device)
+    return denoise_block(predict, draw(), levels, settings["sampler"], model.config.objective, draw)
+
+
+@torch.no_grad()
+def decode_stream(autoencoder, latent_blocks):
+    """Latent blocks (B, C, n) -> audio pieces (B, 2, m), together equal to decoding everything at once.
+
+    Each piece is decoded with the decoder's reach on both sides, and only its settled middle is given out; the end
+    comes when the blocks end."""
+    hop, margin = autoencoder.hop, autoencoder.decoder_margin
+    held, left = None, 0                                    # frames still needed; how many of them were given out already
+    for block in latent_blocks:
+        held = block if held is None else torch.cat([held, block], dim=-1)
+        settled = held.shape[-1] - margin
+        if settled > left:
+            yield autoencoder.decode(held)[..., left * hop:settled * hop]
+            held, left = held[..., max(0, settled - margin):], min(settled, margin)
+    if held is not None and held.shape[-1] > left:
+        yield autoencoder.decode(held)[..., left * hop:]
+
+
+# ------------------------------------------------------------------------------------------------ output
+class WavWriter:
+    """16-bit PCM WAV to an open binary file, a pipe included. samples None: length unknown, mended at close if seekable."""
+
+    def __init__(self, file, rate, channels, samples=None):
+        self.file, self.rate, self.channels, self.written = file, rate, channels, 0
+        self.header(samples)
+
+    def header(self, samples):
+        size = 2 * self.channels * samples if samples is not None else 2 ** 32
+        riff, data = (min(n, 2 ** 32 - 1) for n in (size + 36, size))   # all ones: the convention for streams
+        self.file.write(struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", riff, b"WAVE", b"fmt ", 16, 1, self.channels, self.rate,
+                                    2 * self.channels * self.rate, 2 * self.channels, 16, b"data", data))
+
+    def write(self, samples):                               # int16 (n, channels)
+        self.file.write(samples.tobytes())
+        self.file.flush()
+        self.written += len(samples)
+
+    def close(self):
+        if self.file.seekable():
+            self.file.seek(0)
+            self.header(self.written)
+            self.file.seek(0, os.SEEK_END)
+        self.file.flush()
+
+
+def open_output(path, rate, channels, samples):
+    """A writer of int16 (n, channels) with write and close: stdout (None), .wav or .flac. Raises UserError."""
+    if path is None:
+        if sys.stdout.isatty():
+            raise UserError("standard output is a terminal: send the audio to a file (> out.wav), a player, or --out FILE")
+        return WavWriter(sys.stdout.buffer, rate, channels, samples)
+    if Path(path).suffix.lower() not in (".wav", ".flac"):
+        raise UserError(f"--out {path}: the name must end in .wav or .flac")
+    try:
+        if Path(path).suffix.lower() == ".wav":
+            return WavWriter(open(path, "wb"), rate, channels, samples)
+        return soundfile.SoundFile(path, "w", rate, channels, "PCM_16")
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def pcm(audio):
+    """Audio (1, 2, n) in [-1, 1] -> int16 (n, 2)."""
+    return (audio[0].T.float().clamp(-1, 1) * 32767).round().to(torch.int16).cpu().numpy()
+
+
+def run(main):
+    """Run a script's main(): a UserError is one line and status 2, a closed pipe is no error, Ctrl-C is 130."""
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:                                 # the player quit; keep Python from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------ command line
+def default_checkpoint():
+    here = Path(__file__).parent
+    for path in (Path("out/arc.pt"), Path("out/finetune.pt"), here / "nano.pt"):
+        if path.exists():
+            return path
+    raise UserError("no checkpoint: out/arc.pt, out/finetune.pt and nano.pt are all missing; name one with --ckpt")
+
+
+def positive(text):
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def whole(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description="Stream music, block by block, as a WAV on standard output.", allow_abbrev=False)
+    p.add_argument("--ckpt", help="checkpoint (default: out/arc.pt, else out/finetune.pt, else nano.pt)")
+    p.add_argument("--prompt", help="what to play (default: the checkpoint's own example)")
+    p.add_argument("--prompt-file", help="embeddings written by stable_audio_port.py --prompts; the first, or the one --prompt names")
+    p.add_argument("--seconds", type=positive, default=30, help="length; inf plays until stopped")
+    p.add_argument("--prime", help="audio file to go on from")
+    p.add_argument("--out", help=".wav or .flac instead of standard output")
+    # sampling
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--steps", type=whole, help="denoising steps per block (default: the checkpoint's)")
+    p.add_argument("--cfg", type=float, help="guidance, 1 for none (default: the checkpoint's)")
+    p.add_argument("--sampler", choices=("euler", "pingpong"), help="(default: the checkpoint's)")
+    p.add_argument("--no-cache", action="store_true", help="recompute the whole context at every step: slow, the same music")
+    # machine
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+    return p.parse_args(argv)
+
+
+def make_cond(model, args, numbers):
+    """The condition for one stream from --prompt or --prompt-file, and the prompt's text."""
+    prompt = args.prompt if args.prompt is not None else model.sampling.get("prompt", "")
+    if args.prompt_file is None:
+        return model.conditioner([prompt], **numbers), prompt
+    from stable_audio_port import load_prompts
+    prompts, embeddings = load_prompts(args.prompt_file)
+    if args.prompt is not None and args.prompt not in prompts:
+        raise UserError(f"{args.prompt_file} holds no embedding of {args.prompt!r}; it holds: {'; '.join(prompts[:5])}")
+    row = 0 if args.prompt is None else prompts.index(args.prompt)
+    return model.conditioner(embeddings[row:row + 1].float().to(args.device), **numbers), prompts[row]
+
+
+def audio_of(model, args, samples):
+    """The audio pieces (1, 2, n) that the arguments ask for, at least `samples` of them, and a line about the plan."""
+    c, prime = model.config, None
+    settings = sampling_settings(model, args.steps, args.sampler, args.cfg)
+    plan = f"{settings['steps']} {settings['sampler']} steps, guidance {settings['cfg']:g}"
+    options = dict(**settings, seed=args.seed)
+    if model.stage == "base":
+        longest = c.clip * c.hop / c.sample_rate
+        if args.seconds > longest:
+            raise UserError(f"this checkpoint makes one clip of at most {longest:.1f} s; to stream, finetune it first (finetune.py --init)")
+        numbers = {name: 0 if name == "seconds_start" else args.seconds for name, _, _ in c.numbers}
+        cond, prompt = make_cond(model, args, numbers)
+        return [model.autoencoder.decode(clip(model, cond, c.clip, **options))], f"{prompt!r}: one clip, {plan}"
+    cond, prompt = make_cond(model, args, c.stream_numbers)
+    if args.prime:
+        from data import encode_file
+        prime = encode_file(model, args.prime)[None].to(args.device)
+        if prime.shape[-1] < c.block:
+            raise UserError(f"{args.prime} is shorter than one block ({c.block / c.frame_rate:.2f} s)")
+    # whole blocks, and the decoder's reach beyond the end: so a shorter stream is exactly the start of a longer one
+    blocks = None if samples is None else math.ceil((samples / c.hop + c.decoder_margin) / c.block)
+    latents = stream(model, cond, blocks=blocks, prime=prime, use_cache=not args.no_cache, **options)
+    if prime is None:
+        pieces = decode_stream(model.autoencoder, latents)
+    else:                                                   # decode over the join, then drop what is the recording's
+        pieces = drop(decode_stream(model.autoencoder, itertools.chain([prime[..., -c.block:]], latents)), c.block * c.hop)
+    return pieces, f"{prompt!r}: blocks of {c.block / c.frame_rate:.2f} s seeing {c.context / c.frame_rate:.2f} s, {plan}"
+
+
+def drop(pieces, samples):
+    for piece in pieces:
+        yield piece[..., samples:]
+        samples = max(0, samples - piece.shape[-1])
+
+
+def main():
+    started = time.time()
+    args = parse()
+    torch.set_flush_denormal(True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    path = args.ckpt or default_checkpoint()
+    model = load(path).to(args.device)
+    c, samples = model.config, None if math.isinf(args.seconds) else round(args.seconds * model.config.sample_rate)
+    say = lambda text: print(text, file=sys.stderr)
+    say(f"{path}: {model.stage}, {'block-causal' if c.causal else 'encoder-decoder'}, DiT "
+        f"{sum(p.numel() for p in model.dit.parameters()) / 1e6:.1f} M, {args.device}, {torch.get_num_threads()} threads")
+    pieces, plan = audio_of(model, args, samples)
+    say(plan)
+    writer = open_output(args.out, c.sample_rate, c.audio_channels, samples)
+    first = clipped = written = 0
+    bar = tqdm(total=samples and samples / c.sample_rate, unit="s", unit_scale=True, file=sys.stderr, disable=None,
+               bar_format="{l_bar}{bar}| {n:.0f} s, {rate_fmt}")
+    try:
+        for audio in pieces:
+            audio = audio if samples is None else audio[..., :samples - written]
+            if not audio.shape[-1]:
+                continue
+            writer.write(pcm(audio))
+            first = first or time.time() - started
+            clipped += (audio.abs() > 1).sum().item()
+            written += audio.shape[-1]
+            bar.update(audio.shape[-1] / c.sample_rate)
+            if written == samples:
+                break
+    finally:                                                # Ctrl-C too: what was made is kept
+        bar.close()
+        writer.close()
+    seconds, took = written / c.sample_rate, time.time() - started
+    say(f"{seconds:.1f} s of music in {took:.1f} s, {seconds / took:.1f}x real time; first audio after {first:.1f} s; "
+        f"{100 * clipped / max(1, written * c.audio_channels):.3f} % of samples clipped -> {args.out or 'standard output'}")
+
+
+if __name__ == "__main__":
+    run(main)
