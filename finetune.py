@@ -102,10 +102,12 @@ def encode_texts(model, tracks):
         return dict(zip(prompts, model.conditioner.embed_text(prompts)))
 
 
-def condition(model, texts, prompts, device, kept=None):
-    """Cond of a batch of prompts; where `kept` is False the tokens are zero, which is what guidance leaves out."""
+def condition(model, texts, prompts, device, kept=None, frames=None):
+    """Cond of a batch of prompts; where `kept` is False the tokens are zero, which is what guidance leaves out.
+
+    frames: length of what is denoised (default: the stream's window)."""
     text = prompts if texts is None else torch.stack([texts[p] for p in prompts]).to(device)
-    cond = model.conditioner(text, **model.config.stream_numbers)
+    cond = model.conditioner(text, **model.config.numbers_for(frames or model.config.window))
     return cond if kept is None else Cond(cond.tokens * kept.to(device)[:, None, None], cond.global_)
 
 
@@ -118,6 +120,16 @@ def start_processes(device):
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+def prepare_once(folder, model, device, rank, world):
+    """`data.prepare`: the first process encodes, the others then find it done."""
+    if rank:
+        dist.barrier()
+    dataset = data.prepare(folder, model, device=device, quiet=rank > 0)
+    if world > 1 and not rank:
+        dist.barrier()
+    return dataset
 
 
 def average_gradients(parameters, world):
@@ -141,7 +153,8 @@ def has_bf16(device):
 def precision_of(name, device):
     """"auto", "float32" or "bf16" -> a context manager to run the network in. Weights and optimizer stay float32."""
     if name == "bf16" or name == "auto" and has_bf16(device):
-        return lambda: torch.autocast(device.type, torch.bfloat16)
+        # no cache: a weight first cast where nothing is differentiated would stay without gradient in the whole context
+        return lambda: torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
     return contextlib.nullcontext
 
 
@@ -231,8 +244,6 @@ def parse(p):
             raise UserError(f"{args.out} holds no training to resume")
         p.set_defaults(**saved["args"])
         args = p.parse_args()
-    if args.data is None:
-        raise UserError("--data is missing: name a folder of audio files")
     return args, saved
 
 
@@ -259,6 +270,8 @@ def learning_rate(step, args):
 
 def main():
     args, saved = parse(parser())
+    if args.data is None:
+        raise UserError("--data is missing: name a folder of audio files")
     torch.set_flush_denormal(True)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -269,12 +282,7 @@ def main():
     c, precision, say = model.config, precision_of(args.precision, device), lambda text: rank or print(text, file=sys.stderr)
     args.blocks = args.blocks if c.causal else 1
 
-    # --- data: encoded once, by the first process
-    if rank:
-        dist.barrier()
-    dataset = data.prepare(args.data, model, device=device, quiet=rank > 0)
-    if world > 1 and not rank:
-        dist.barrier()
+    dataset = prepare_once(args.data, model, device, rank, world)
     texts = encode_texts(model, dataset.tracks)
     model.sampling["prompt"] = (dataset.validation or dataset.train)[0].prompt
     model.to(device).requires_grad_(False)

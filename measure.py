@@ -70,15 +70,32 @@ def chroma_change(audio, rate, seconds=2.0):
     return (1 - (chroma[:, lag:] * chroma[:, :-lag]).sum(0)).mean().item()
 
 
+def picture(path, sounds, rate, seconds=15):
+    """Mel spectrograms, one under the other, of {title: audio (2, n)} -> PNG. UserError without matplotlib."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install matplotlib") from None
+    _, axes = pyplot.subplots(len(sounds), 1, figsize=(9, 2.6 * len(sounds)), sharex=True, squeeze=False)
+    for axis, (title, audio) in zip(axes[:, 0], sounds.items()):
+        mel = MelSpectrogram(rate, n_fft=4096, hop_length=HOP, n_mels=160, f_min=30, normalized=True)(audio.mean(0)[:seconds * rate])
+        shown = mel.shape[1] * HOP / rate
+        axis.imshow(10 * mel.clamp(min=1e-8).log10(), origin="lower", aspect="auto", vmin=-70, vmax=10, cmap="magma", extent=(0, shown, 0, 160))
+        axis.set_title(title, fontsize=9), axis.set_yticks([]), axis.set_ylabel("mel bands")
+    axes[-1, 0].set_xlabel("seconds")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pyplot.tight_layout(), pyplot.savefig(path, dpi=90), pyplot.close()
+    print(f"-> {path}", file=sys.stderr)
+
+
 # ------------------------------------------------------------------------------------------------ what is compared
-def read_split(folder, config, seconds, most):
+def read_split(folder, dataset, config, seconds, most):
     """(training, held-out) audio: up to `most` excerpts of `seconds` a side, from the middle of the split's tracks."""
-    files = {f.relative_to(folder).as_posix(): f for f in data.audio_files(folder)}
     sides, n = [], round(seconds * config.sample_rate)
-    for names in data.split(list(files)):
+    for tracks in (dataset.train, dataset.validation):
         excerpts = []
-        for name in names[::max(1, len(names) // most)][:most]:
-            audio = torch.cat(list(data.read_audio(files[name], config)), dim=1)
+        for track in tracks[::max(1, len(tracks) // most)][:most]:
+            audio = torch.cat(list(data.read_audio(folder / track.name, config)), dim=1)
             if audio.shape[1] >= n // 2:
                 start = max(0, (audio.shape[1] - n) // 2)
                 excerpts.append(audio[:, start:start + n])
@@ -103,10 +120,10 @@ def make_streams(model, prompts, seconds, args):
     return out
 
 
-def sound(model, prompts, args):
+def sound(model, dataset, prompts, args):
     """Print the figures of 30 s streams beside those of training and held-out recordings."""
     rate, seconds = model.config.sample_rate, args.seconds or 30
-    train, held_out = read_split(Path(args.data), model.config, seconds, args.excerpts)
+    train, held_out = read_split(Path(args.data), dataset, model.config, seconds, args.excerpts)
     made = [audio for audio, _ in make_streams(model, prompts, seconds, args)]
     frames = {name: torch.cat([features(a, rate) for a in side]) for name, side in
               (("training", train), ("held out", held_out), ("streams", made))}
@@ -116,12 +133,14 @@ def sound(model, prompts, args):
         level = np.mean([20 * math.log10(a.square().mean().sqrt().item() + 1e-9) for a in side])
         distance = "" if name == "held out" else f"{frechet(frames[name], frames['held out']):.1f}"
         print(f"{name:10} {len(side):3d} {mean(onsets_per_second):9.2f} {mean(chroma_change):14.3f} {level:9.1f} {distance:>21}")
+    if args.picture:
+        picture(args.picture, {"held-out recording": held_out[0], f"stream, seed 0: {prompts[0]}": made[0]}, rate)
 
 
-def drift(model, prompts, args):
+def drift(model, dataset, prompts, args):
     """The distance to held-out recordings, ten seconds at a time, over all seeds; its gap and slope; CSV and PNG."""
     rate, seconds, window = model.config.sample_rate, args.seconds or 120, 10
-    _, held_out = read_split(Path(args.data), model.config, 60, args.excerpts)
+    _, held_out = read_split(Path(args.data), dataset, model.config, 60, args.excerpts)
     reference = torch.cat([features(a, rate) for a in held_out])
     made, rows = make_streams(model, prompts, seconds, args), []
     for start in range(0, int(seconds) - window + 1, window):
@@ -164,6 +183,7 @@ def main():
     p.add_argument("--steps", type=whole)
     p.add_argument("--cfg", type=float)
     p.add_argument("--sampler", choices=("euler", "pingpong"))
+    p.add_argument("--picture", help="PNG with the mel spectrograms of a held-out recording and of a stream")
     p.add_argument("--keep", help="folder to keep the streams in, as FLAC")
     p.add_argument("--out", default="out/drift", help="name of the CSV and PNG of --drift, without suffix")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -174,12 +194,11 @@ def main():
         torch.set_num_threads(args.threads)
     path = args.ckpt or default_checkpoint()
     model = load(path).to(args.device)
-    metadata, folder = data.read_metadata(args.data), Path(args.data)
-    held_out = data.split([f.relative_to(folder).as_posix() for f in data.audio_files(folder)])[1]
-    prompts = [data.prompt_of(folder / name, folder, metadata) for name in held_out]
+    dataset = data.prepare(args.data, model, device=args.device)    # the training's own split
+    prompts = [track.prompt for track in dataset.validation]
     print(f"{path}: {model.stage}, {sampling_settings(model, args.steps, args.sampler, args.cfg)}", file=sys.stderr)
     with torch.no_grad():
-        (drift if args.drift else sound)(model, prompts, args)
+        (drift if args.drift else sound)(model, dataset, prompts, args)
 
 
 if __name__ == "__main__":

@@ -90,11 +90,15 @@ class Config:
         """Blocks that can influence a new one through all layers: what `use_cache=False` must recompute."""
         return self.context_blocks * (self.depth if self.causal else 1)
 
+    def numbers_for(self, frames):
+        """Values for the number conditioners where `frames` pass through the network: their length, rounded up."""
+        seconds = {"seconds_start": 0, "seconds_total": math.ceil(frames / self.frame_rate)}
+        return {name: seconds[name] for name, _, _ in self.numbers}
+
     @property
     def stream_numbers(self):
-        """Values for the number conditioners while streaming and finetuning: the window's length, rounded up."""
-        seconds = {"seconds_start": 0, "seconds_total": math.ceil(self.window / self.frame_rate)}
-        return {name: seconds[name] for name, _, _ in self.numbers}
+        """The same while streaming and finetuning: always the window's."""
+        return self.numbers_for(self.window)
 
     @property
     def decoder_margin(self):
@@ -473,7 +477,7 @@ class DiT(nn.Module):
         self.project_in, self.project_out = nn.Linear(C, D, bias=False), nn.Linear(D, C, bias=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
         rotated = max(config.head_width // 2, 32)
-        self.register_buffer("inv_freq", 10000.0 ** (-torch.arange(0, rotated, 2) / rotated))
+        self.register_buffer("inv_freq", torch.tensor([10000.0 ** (-i / rotated) for i in range(0, rotated, 2)]))
         self.context_in = nn.Linear(1 + C, D, bias=False)
         for conv in (self.conv_in, self.conv_out):
             nn.init.zeros_(conv.weight)
@@ -482,6 +486,8 @@ class DiT(nn.Module):
     @torch.no_grad()
     def reset_context_in(self):
         """Start training calmly: a clean frame first enters as the noisy input path would take it, plus a small mark."""
+        if self.context_in.weight.is_meta:                  # arithmetic there would import 100 MB of compiler for nothing
+            return
         conv = self.conv_in.weight[..., 0]
         self.context_in.weight[:, 1:] = self.project_in.weight @ (conv + torch.eye(len(conv), device=conv.device))
         self.context_in.weight[:, 0].normal_(std=0.02)

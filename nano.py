@@ -1,7 +1,7 @@
 """The recipe of `nano.pt`, the small model that ships with this repository. Each stage runs alone and can be resumed:
 
     python nano.py data           # public-domain scores (Bach chorales) -> rendered audio and prompts
-    python nano.py autoencoder    # the Oobleck autoencoder, few channels
+    torchrun --nproc_per_node=2 nano.py autoencoder --threads 1     # the Oobleck autoencoder, few channels
     python finetune.py --init out/nano_ae.pt --data data/nano --out out/nano.pt --causal --steps 3000 --batch 8 \
         --lr 1e-3 --lr-end 2e-5 --warmup 100
     python nano.py pack           # float16, with the sampling defaults -> nano.pt
@@ -31,7 +31,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from data import audio_files, read_audio, split
-from model import LMDM, PRESETS, Autoencoder, UserError
+from finetune import average_gradients, micro_rows, start_processes
+from model import LMDM, PRESETS, Autoencoder, UserError, channels_last
 from sample import load, run, save
 
 INSTRUMENTS = {"piano": 0, "vibraphone": 11}                # General MIDI programs
@@ -193,33 +194,51 @@ def validate_autoencoder(autoencoder, tracks):
     return np.mean([log_spectral_distance(*p) for p in pairs]), np.mean([snr(*p) for p in pairs])
 
 
+@torch.no_grad()
+def start_at_unit_variance(autoencoder, audio):
+    """Scale each convolution on the main path by data (as LSUV, arXiv 1511.06422): music must reach the latents at once.
+
+    With default weights the biases drown it on its way down, and the decoder learns to do without latents."""
+    def through(layers, x):
+        for layer in layers:
+            if isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
+                y = layer(x)
+                layer.weight /= (y - y.mean((0, 2), keepdim=True)).std()
+                if layer.bias is not None:
+                    layer.bias.zero_()
+                    layer.bias -= layer(x).mean((0, 2))
+            x = layer(x)
+        return x
+    latents = through(autoencoder.encoder, channels_last(audio))
+    last, first = autoencoder.encoder[-1], latents.shape[1] // 2
+    last.weight[first:] *= 0.01                             # a narrow posterior: std 0.05
+    last.bias[first:] = -3
+    through(autoencoder.decoder, latents[:, :first])
+    autoencoder.decoder[-1].weight *= audio.std()
+
+
 def train_autoencoder(args):
     """Reconstruction at three resolutions plus a light KL; resumed from `--out` wherever it stopped."""
+    rank, world, _ = start_processes("cpu")
+    rows, = micro_rows(args.batch, 1, world, rank)
     torch.manual_seed(args.seed)
     config, out = PRESETS["nano"], Path(args.out)
     autoencoder = Autoencoder(config)
-    with torch.no_grad():                                   # start almost without posterior noise, or it swamps the signal
-        autoencoder.encoder[-1].bias[config.latent_channels:] = -4
+    train, held_out = (read_tracks(args.data, side) for side in (False, True))
+    start_at_unit_variance(autoencoder, torch.stack([to_audio(t[44100 * 3:][:args.crop]) for t in train[:16]]))
     convs = [m for m in autoencoder.modules() if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d))]
     for conv in convs:
         parametrizations.weight_norm(conv)
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3, fused=True)
     start, state = 0, Path(f"{out}.train")
     if state.exists():
         saved = torch.load(state, weights_only=True)
         autoencoder.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
-    train, held_out = (read_tracks(args.data, side) for side in (False, True))
-    print(f"autoencoder: {sum(p.numel() for p in autoencoder.parameters()) / 1e6:.1f} M parameters, {config.hop} samples a "
-          f"frame; {len(train)} tracks, {len(held_out)} held out; from step {start} of {args.steps}", file=sys.stderr)
-
-    def losses(audio, noise):
-        mean, std = autoencoder.posterior(audio)
-        kl = (0.5 * (mean.square() + std.square() - 1) - std.log()).mean()
-        made = autoencoder.decode(mean + std * noise)
-        return made, kl, mean
-    run = torch.compile(losses) if args.compile else losses
+    say = lambda text: rank or print(text, file=sys.stderr, flush=True)
+    say(f"autoencoder: {sum(p.numel() for p in autoencoder.parameters()) / 1e6:.1f} M parameters, {config.hop} samples a "
+          f"frame; {len(train)} tracks, {len(held_out)} held out; from step {start} of {args.steps}, {world} processes")
 
     def write(step):
         torch.save({"weights": autoencoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, f"{state}.part")
@@ -228,34 +247,42 @@ def train_autoencoder(args):
     for step in range(start, args.steps):
         rng = np.random.default_rng([args.seed, step])      # the same crops whether or not the run was interrupted
         tracks = [train[i] for i in rng.choice(len(train), args.batch, p=np.array([len(t) for t in train]) / sum(map(len, train)))]
-        audio = torch.stack([to_audio(t[(at := rng.integers(len(t) - args.crop)):at + args.crop]) for t in tracks])
-        noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+        starts = [rng.integers(len(t) - args.crop) for t in tracks]
+        audio = torch.stack([to_audio(t[at:at + args.crop]) for t, at in list(zip(tracks, starts))[rows]])
+        noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))[rows]
         progress = step / args.steps
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        made, kl, mean = run(audio, noise)
+        mean, std = autoencoder.posterior(audio)
+        made = autoencoder.decode(mean + std * noise)
+        kl = (0.5 * (mean.square() + std.square() - 1) - std.log()).mean()
         reconstruction = spectral_loss(made, audio)
         (reconstruction + args.kl * kl).backward()
+        average_gradients(list(autoencoder.parameters()), world)
         norm = nn.utils.clip_grad_norm_(autoencoder.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 49:
-            print(f"step {step + 1} loss {reconstruction.item():.3f} kl {kl.item():.2f} norm {norm:.2f} latents "
-                  f"{mean.std():.2f} {(time.time() - clock) / 50:.2f} s/step", file=sys.stderr)
+            say(f"step {step + 1} loss {reconstruction.item():.3f} kl {kl.item():.2f} norm {norm:.2f} latents "
+                f"{(mean - mean.mean((0, 2), keepdim=True)).std():.3f} +- {std.mean():.4f}, {(time.time() - clock) / 50:.2f} s/step")
             clock = time.time()
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            write(step + 1)
-            distance, ratio = validate_autoencoder(autoencoder, held_out)
-            print(f"step {step + 1} held out: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB", file=sys.stderr)
+            if not rank:
+                write(step + 1)
+                distance, ratio = validate_autoencoder(autoencoder, held_out)
+                say(f"step {step + 1} held out: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB")
             clock = time.time()
+    if rank:
+        return
     for conv in convs:
         parametrize.remove_parametrizations(conv, "weight")
     fold_scale(autoencoder, train)
     model = LMDM(config, stage="autoencoder")
     model.autoencoder = autoencoder
-    save(model, out, args.steps, " ".join(["nano.py", *sys.argv[1:]]))
+    # rounded now, so that the latents made with it are those of the packed model too
+    save(model, out, args.steps, " ".join(["nano.py", *sys.argv[1:]]), torch.float16)
     distance, ratio = validate_autoencoder(autoencoder, held_out)
-    print(f"held out: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB -> {out}", file=sys.stderr)
+    say(f"held out: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB -> {out}")
 
 
 @torch.no_grad()
@@ -278,6 +305,10 @@ def evaluate_autoencoder(args):
     names = split([f.relative_to(args.data).as_posix() for f in audio_files(args.data)])[1]
     tracks = [torch.cat(list(read_audio(Path(args.data, name), PRESETS["nano"])), dim=1)[:, :15 * rate] for name in names]
     distance, ratio = validate_autoencoder(autoencoder, [(32768 * t.T).clamp(-32768, 32767).short().numpy() for t in tracks])
+    if args.picture:
+        from measure import picture
+        made = autoencoder.decode(autoencoder.encode(tracks[0][None]))[0]
+        picture(args.picture, {f"original: {names[0]}": tracks[0], "reconstruction": made}, rate)
     print(f"{args.ckpt} on {len(tracks)} held-out tracks of {args.data}: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB")
 
 
@@ -303,20 +334,20 @@ def main():
     s = stages.add_parser("autoencoder", help="train the autoencoder; run again to go on where it stopped")
     s.add_argument("--data", default="data/nano")
     s.add_argument("--out", default="out/nano_ae.pt")
-    s.add_argument("--steps", type=int, default=3600)
+    s.add_argument("--steps", type=int, default=2000)
     s.add_argument("--batch", type=int, default=4)
     s.add_argument("--crop", type=int, default=16384, help="samples")
     s.add_argument("--lr", type=float, default=1e-3)
-    s.add_argument("--kl", type=float, default=3e-4, help="weight of the KL term")
+    s.add_argument("--kl", type=float, default=1e-6, help="weight of the KL term")
     s.add_argument("--clip", type=float, default=0.2, help="gradient norm")
     s.add_argument("--every", type=int, default=250, help="steps between validation and checkpoint")
     s.add_argument("--seed", type=int, default=0)
     s.add_argument("--threads", type=int, default=2)
-    s.add_argument("--compile", action="store_true", help="torch.compile: minutes to start, a quarter faster; needs a C++ compiler")
     s.set_defaults(run=train_autoencoder)
     s = stages.add_parser("evaluate", help="how well an autoencoder keeps held-out audio")
     s.add_argument("--data", default="data/nano")
     s.add_argument("--ckpt", default="nano.pt")
+    s.add_argument("--picture", help="PNG with the mel spectrograms of an original and its reconstruction")
     s.set_defaults(run=evaluate_autoencoder)
     s = stages.add_parser("pack", help="make nano.pt")
     s.add_argument("--ckpt", default="out/nano.pt")

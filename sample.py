@@ -30,11 +30,11 @@ DEFAULTS = {                                                # by the stage recor
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-def save(model, path, step=0, made="", dtype=torch.float32, **extra):
+def save(model, path, step=0, made="", dtype=None, **extra):
     """Write config, weights, stage, step and how it was made to one file, whole or not at all. extra: plain values."""
     path = Path(path)
     # only matrices are rounded: vectors (norms, frequencies, biases) are small and sensitive
-    weights = {k: v.to("cpu", dtype if v.ndim > 1 else torch.float32) for k, v in model.state_dict().items()}
+    weights = {k: v.to("cpu", dtype if dtype and v.ndim > 1 else v.dtype) for k, v in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"config": model.config.to_dict(), "weights": weights, "stage": model.stage, "sampling": model.sampling,
                 "step": step, "made": made, **extra}, f"{path}.part")
@@ -376,6 +376,7 @@ def drop(pieces, samples):
         samples = max(0, samples - piece.shape[-1])
 
 
+@torch.no_grad()
 def main():
     started = time.time()
     args = parse()
