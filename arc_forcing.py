@@ -12,6 +12,7 @@ processes, draws the same.
 """
 import argparse
 import contextlib
+import ctypes
 import math
 import sys
 import time
@@ -245,7 +246,7 @@ def parser():
     # machine
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto")
-    p.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True, help="activation checkpointing in D")
+    p.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True, help="activation checkpointing in D: less memory, a third slower")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
     return p
 
@@ -277,6 +278,13 @@ def next_phase(done, args):
         return "D" if done["D"] <= done["G"] else "G"
 
 
+def return_memory():
+    """On the CPU, checkpointing frees activations between what it keeps, and glibc would hold on to all those holes: have every
+    tensor over 1 MiB mapped, and so returned, on its own. Half the peak, a little slower."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):   # another C library does as it likes
+        ctypes.CDLL(None).mallopt(-3, 2 ** 20)              # M_MMAP_THRESHOLD
+
+
 def over_processes(sums, world):
     """{name: sum over this process's items} -> over everyone's."""
     values = torch.stack([v.double().cpu() for v in sums.values()])
@@ -296,6 +304,8 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     rank, world, device = start_processes(args.device)
+    if args.remat and device.type == "cpu":
+        return_memory()
     rows = micro_rows(args.batch, args.accumulate, world, rank)
     torch.manual_seed(args.seed)                            # for the head's first weights
     say = lambda text: rank or print(text, file=sys.stderr)

@@ -405,8 +405,8 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
-    from sample import load
-    dataset = prepare(args.data, load(args.ckpt), args.latents, args.device)
+    from sample import device_of, load
+    dataset = prepare(args.data, load(args.ckpt), args.latents, device_of(args.device))
     held_out = {t.name for t in dataset.validation}
     for track in dataset.tracks[:20]:
         print(f"{track.name}{' (validation)' if track.name in held_out else ''}: {track.prompt}")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 from model import LMDM, PRESETS, Cond, UserError, add_noise, shift_time, velocity
-from sample import WavWriter, decode_stream, load, pcm, read_checkpoint, run, save, stream, whole
+from sample import WavWriter, decode_stream, device_of, load, pcm, read_checkpoint, run, save, stream, whole
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -115,7 +115,7 @@ def condition(model, texts, prompts, device, kept=None, frames=None):
 def start_processes(device):
     """(rank, world, device) of this process: torchrun's, or the only one."""
     if "RANK" not in os.environ:
-        return 0, 1, torch.device(device)
+        return 0, 1, device_of(device)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))    # one may encode for hours
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -153,8 +153,7 @@ def has_bf16(device):
 def precision_of(name, device):
     """"auto", "float32" or "bf16" -> a context manager to run the network in. Weights and optimizer stay float32."""
     if name == "bf16" or name == "auto" and has_bf16(device):
-        # no cache: a weight first cast where nothing is differentiated would stay without gradient in the whole context
-        return lambda: torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        return lambda: torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext
 
 

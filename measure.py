@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import data
 from model import UserError
-from sample import decode_stream, default_checkpoint, load, pcm, run, sampling_settings, stream, whole
+from sample import decode_stream, default_checkpoint, device_of, load, pcm, run, sampling_settings, stream, whole
 
 HOP = 512                                                   # samples between frames of the figures below
 
@@ -96,12 +96,9 @@ def read_split(folder, dataset, config, seconds, most):
         excerpts = []
         for track in tracks[::max(1, len(tracks) // most)][:most]:
             audio = torch.cat(list(data.read_audio(folder / track.name, config)), dim=1)
-            if audio.shape[1] >= n // 2:
-                start = max(0, (audio.shape[1] - n) // 2)
-                excerpts.append(audio[:, start:start + n])
+            start = max(0, (audio.shape[1] - n) // 2)
+            excerpts.append(audio[:, start:start + n])
         sides.append(excerpts)
-    if not sides[0] or not sides[1]:
-        raise UserError(f"{folder}: needs tracks of at least {seconds / 2:.0f} s on both sides of the split")
     return sides
 
 
@@ -140,6 +137,8 @@ def sound(model, dataset, prompts, args):
 def drift(model, dataset, prompts, args):
     """The distance to held-out recordings, ten seconds at a time, over all seeds; its gap and slope; CSV and PNG."""
     rate, seconds, window = model.config.sample_rate, args.seconds or 120, 10
+    if seconds < window:
+        raise UserError(f"--seconds {seconds} is shorter than the {window} s that --drift looks at together")
     _, held_out = read_split(Path(args.data), dataset, model.config, 60, args.excerpts)
     reference = torch.cat([features(a, rate) for a in held_out])
     made, rows = make_streams(model, prompts, seconds, args), []
@@ -193,7 +192,7 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     path = args.ckpt or default_checkpoint()
-    model = load(path).to(args.device)
+    model = load(path).to(device_of(args.device))
     dataset = data.prepare(args.data, model, device=args.device)    # the training's own split
     prompts = [track.prompt for track in dataset.validation]
     print(f"{path}: {model.stage}, {sampling_settings(model, args.steps, args.sampler, args.cfg)}", file=sys.stderr)

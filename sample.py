@@ -328,6 +328,15 @@ def parse(argv=None):
     return p.parse_args(argv)
 
 
+def device_of(name):
+    """torch.device of "cpu", "cuda", "mps" ... Raises UserError where there is none on this machine."""
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]})") from None
+
+
 def make_cond(model, args, numbers):
     """The condition for one stream from --prompt or --prompt-file, and the prompt's text."""
     prompt = args.prompt if args.prompt is not None else model.sampling.get("prompt", "")
@@ -366,7 +375,8 @@ def audio_of(model, args, samples):
     if prime is None:
         pieces = decode_stream(model.autoencoder, latents)
     else:                                                   # decode over the join, then drop what is the recording's
-        pieces = drop(decode_stream(model.autoencoder, itertools.chain([prime[..., -c.block:]], latents)), c.block * c.hop)
+        heard = prime[..., -c.decoder_margin:]
+        pieces = drop(decode_stream(model.autoencoder, itertools.chain([heard], latents)), heard.shape[-1] * c.hop)
     return pieces, f"{prompt!r}: blocks of {c.block / c.frame_rate:.2f} s seeing {c.context / c.frame_rate:.2f} s, {plan}"
 
 
@@ -383,8 +393,8 @@ def main():
     torch.set_flush_denormal(True)
     if args.threads:
         torch.set_num_threads(args.threads)
-    path = args.ckpt or default_checkpoint()
-    model = load(path).to(args.device)
+    path, device = args.ckpt or default_checkpoint(), device_of(args.device)
+    model = load(path).to(device)
     c, samples = model.config, None if math.isinf(args.seconds) else round(args.seconds * model.config.sample_rate)
     say = lambda text: print(text, file=sys.stderr)
     say(f"{path}: {model.stage}, {'block-causal' if c.causal else 'encoder-decoder'}, DiT "
