@@ -1196,16 +1196,6 @@ def test_gradient_flows_only_through_last_evaluations(causal):
     assert seen == [((3 + i,), LEVELS[k - 1].item(), None, False) for i, k in enumerate(ks)]
 
 
-def test_gradient_survives_bf16():
-    """Weights are first cast where nothing is differentiated; a cast that is remembered would have no gradient."""
-    model = tiny(causal=True).requires_grad_()
-    memory = model.dit.memory(condition(model))
-    context = sample.Context(model, memory, torch.randn(2, 8, 18))
-    with finetune.precision_of("bf16", torch.device("cpu"))():
-        sample.denoise_block(context.predict, torch.randn(2, 8, 6), LEVELS, "pingpong", "rectified_flow", noises(1), grad=True).sum().backward()
-    assert model.dit.layers[0].ff.up.weight.grad.abs().max() > 0
-
-
 def test_losses_by_hand():
     real, fake, wrong = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 5.0]]), torch.tensor([[2.0, -1.0]])
     weights, softplus = torch.tensor([[0.25, 0.75]]), lambda x: math.log(1 + math.exp(x))
@@ -1229,7 +1219,7 @@ def test_discriminator_scores_the_rollout_only():
         gradient, = torch.autograd.grad(y.sum(), x)
         assert gradient[..., :context].abs().max() > 0 and gradient[..., context:].abs().amin((0, 1)).min() > 0
     music = torch.ones(2, 30)
-    music[1, 24:] = 0                                       # scores are around frames 16 (counts as 18), 20, 24, 28
+    music[1, 24:] = music[1, :18] = 0                       # scores are around frames 16 (counts as 18), 20, 24, 28
     assert critic.weights(music, 18)[1].tolist() == [0.5, 0.5, 0, 0] and critic.weights(music, 18)[0].tolist() == [0.25] * 4
     for phase, loss in (("D", lambda: critic(x, t, condition(critic), 18).sum()),
                         ("warm D", lambda: arc_forcing.flow_loss(critic, condition(critic), x.detach(), torch.randn_like(x), t, torch.ones(2, 24)).sum())):
