@@ -28,14 +28,13 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
 
 from data import audio_files, read_audio, split
 from finetune import average_gradients, micro_rows, start_processes
-from model import LMDM, PRESETS, Autoencoder, UserError, channels_last
+from model import LMDM, PRESETS, ResidualUnit, SnakeBeta, UserError
 from sample import load, run, save
 
-INSTRUMENTS = {"piano": 0, "vibraphone": 11}                # General MIDI programs
+INSTRUMENTS = {"electric piano": 4, "vibraphone": 11, "marimba": 12}      # General MIDI programs
 TEXTURES = {"chorale": (66, 100), "arpeggios": (48, 76)}    # beats per minute, from and to
 
 
@@ -89,8 +88,8 @@ def render(job):
     """One score -> one FLAC file, its silent end cut off. Returns (file name, prompt), or None where nothing came out."""
     score, index, folder, soundfont = job
     rng = random.Random(index)
-    instrument, texture = list(INSTRUMENTS)[index % 2], list(TEXTURES)[index // 2 % 2]
-    target = folder / f"{index:03d}_{texture}_{instrument}.flac"
+    instrument, texture = list(INSTRUMENTS)[index % 3], list(TEXTURES)[index // 3 % 2]
+    target = folder / f"{index:03d}_{texture}_{instrument.replace(' ', '_')}.flac"
     chorale = read_chorale(score)
     if chorale is None:
         return None
@@ -152,14 +151,14 @@ def magnitudes(audio, size):                                # (B, channels, n) -
     return torch.stft(audio.flatten(0, 1), size, size // 4, window=torch.hann_window(size), return_complex=True).abs()
 
 
-def spectral_loss(made, real):
-    """Log and linear magnitudes at three resolutions, on left, right, mid and side, and a little waveform."""
+def reconstruction_loss(made, real):
+    """Log and linear magnitudes at four resolutions, on left, right, mid and side, and the waveform, which keeps phases."""
+    loss = (made - real).square().mean().sqrt() / real.square().mean().sqrt().clamp(min=1e-3)
     made4, real4 = mid_side(made), mid_side(real)
-    loss = 0.5 * (made - real).abs().mean() / real.abs().mean().clamp(min=1e-3)
-    for size in (2048, 1024, 256):
+    for size in (4096, 2048, 1024, 256):
         a, b = magnitudes(made4, size), magnitudes(real4, size)
-        loss = loss + (a.clamp(min=1e-5).log() - b.clamp(min=1e-5).log()).abs().mean() / 3
-        loss = loss + (a - b).abs().mean() / b.mean().clamp(min=1e-3) / 3
+        loss = loss + (a.clamp(min=1e-5).log() - b.clamp(min=1e-5).log()).abs().mean() / 4
+        loss = loss + (a - b).abs().mean() / b.mean().clamp(min=1e-3) / 4
     return loss
 
 
@@ -194,108 +193,113 @@ def validate_autoencoder(autoencoder, tracks):
     return np.mean([log_spectral_distance(*p) for p in pairs]), np.mean([snr(*p) for p in pairs])
 
 
-@torch.no_grad()
-def start_at_unit_variance(autoencoder, audio):
-    """Scale each convolution on the main path by data (as LSUV, arXiv 1511.06422): music must reach the latents at once.
+def mdct(size):
+    """The basis of the modified discrete cosine transform, (size, 2 size): frames overlap by half, its transpose inverts it."""
+    n, k = torch.arange(2 * size) + 0.5, torch.arange(size)[:, None] + 0.5
+    return math.sqrt(2 / size) * torch.sin(math.pi * n / (2 * size)) * torch.cos(math.pi / size * (n + size / 2) * k)
 
-    With default weights the biases drown it on its way down, and the decoder learns to do without latents."""
-    def through(layers, x):
-        for layer in layers:
-            if isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
-                y = layer(x)
-                layer.weight /= (y - y.mean((0, 2), keepdim=True)).std()
-                if layer.bias is not None:
-                    layer.bias.zero_()
-                    layer.bias -= layer(x).mean((0, 2))
-            x = layer(x)
-        return x
-    latents = through(autoencoder.encoder, channels_last(audio))
-    last, first = autoencoder.encoder[-1], latents.shape[1] // 2
-    last.weight[first:] *= 0.01                             # a narrow posterior: std 0.05
-    last.bias[first:] = -3
-    through(autoencoder.decoder, latents[:, :first])
-    autoencoder.decoder[-1].weight *= audio.std()
+
+def principal_components(x, n):
+    """Features (B, F, T) -> the n directions that hold most of their energy (n, F), and the RMS along each (n,)."""
+    x = x.transpose(0, 1).flatten(1).double()
+    energy, directions = torch.linalg.eigh(x @ x.T / x.shape[1])
+    return directions.T.flip(0)[:n].float(), energy.flip(0)[:n].clamp(min=1e-8).sqrt().float()
+
+
+@torch.no_grad()
+def start_as_transform(autoencoder, audio):
+    """Make the autoencoder a linear codec fitted to `audio`: from there training has only to improve on it.
+
+    Each strided convolution becomes a lapped transform followed by the principal components of what comes out of it, the
+    decoder's the transpose. What is not linear starts as (nearly) nothing: wide-open snakes, silent residual units.
+    From a random start the same network first has to discover that a latent must carry phase for a pitch to survive."""
+    for layer in [*autoencoder.encoder, *autoencoder.decoder]:
+        if isinstance(layer, SnakeBeta):
+            layer.beta.fill_(3)
+        elif isinstance(layer, ResidualUnit):
+            nn.init.zeros_(layer.layers[3].weight)
+            nn.init.zeros_(layer.layers[3].bias)
+        else:
+            nn.init.zeros_(layer.weight)
+            layer.bias is None or nn.init.zeros_(layer.bias)
+    first, *down, last = (m for m in autoencoder.encoder if isinstance(m, nn.Conv1d))
+    last_up, *up, first_up = reversed([m for m in autoencoder.decoder if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d))])
+    for conv in (first, last_up):
+        conv.weight[:, :, 3] = torch.eye(*conv.weight.shape[:2])
+    x = first(audio)
+    for conv, back in zip(down, up):
+        basis = mdct(conv.stride[0])
+        bands = F.conv1d(x.flatten(0, 1)[:, None], basis[:, None], stride=conv.stride, padding=conv.padding)
+        directions, _ = principal_components(bands.unflatten(0, x.shape[:2]).flatten(1, 2), conv.out_channels)
+        conv.weight.copy_(torch.einsum("ocb,bk->ock", directions.unflatten(1, (x.shape[1], -1)), basis))
+        back.weight.copy_(conv.weight)
+        x = conv(x)
+    C = first_up.in_channels
+    directions, rms = principal_components(x, C)
+    scale = rms.sqrt() * rms.mean().sqrt()                  # half way to equal loudness of all channels, 1 on the whole
+    last.weight[:C, :, 1] = directions / scale[:, None]
+    last.bias[C:] = -2                                      # the posterior: a standard deviation of 0.13
+    first_up.weight[:, :, 3] = directions.T * scale
 
 
 def train_autoencoder(args):
-    """Reconstruction at three resolutions plus a light KL; resumed from `--out` wherever it stopped."""
+    """Fit the linear start, then train the decoder alone; resumed from `--out`.train wherever it stopped.
+
+    The encoder stays as it is, so latents never change: the DiT can be trained before the decoder is done."""
     rank, world, _ = start_processes("cpu")
     rows, = micro_rows(args.batch, 1, world, rank)
     torch.manual_seed(args.seed)
-    config, out = PRESETS["nano"], Path(args.out)
-    autoencoder = Autoencoder(config)
+    config, out, state = PRESETS["nano"], Path(args.out), Path(f"{args.out}.train")
+    model = LMDM(config, stage="autoencoder")
+    autoencoder, decoder = model.autoencoder, model.autoencoder.decoder
+    say = lambda text: rank or print(text, file=sys.stderr, flush=True)
+    made = " ".join(["nano.py", *sys.argv[1:]])
     train, held_out = (read_tracks(args.data, side) for side in (False, True))
-    start_at_unit_variance(autoencoder, torch.stack([to_audio(t[44100 * 3:][:args.crop]) for t in train[:16]]))
-    convs = [m for m in autoencoder.modules() if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d))]
-    for conv in convs:
-        parametrizations.weight_norm(conv)
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3, fused=True)
-    start, state = 0, Path(f"{out}.train")
+    optimizer, start = torch.optim.AdamW(decoder.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3, fused=True), 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
         autoencoder.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
-    say = lambda text: rank or print(text, file=sys.stderr, flush=True)
-    say(f"autoencoder: {sum(p.numel() for p in autoencoder.parameters()) / 1e6:.1f} M parameters, {config.hop} samples a "
-          f"frame; {len(train)} tracks, {len(held_out)} held out; from step {start} of {args.steps}, {world} processes")
-
-    def write(step):
-        torch.save({"weights": autoencoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, f"{state}.part")
-        os.replace(f"{state}.part", state)
-    shape, clock = (args.batch, config.latent_channels, args.crop // config.hop), time.time()
+    else:
+        start_as_transform(autoencoder, torch.stack([to_audio(t[5 * 44100:][:1 << 17]) for t in train[:96]]))
+        for parameter in autoencoder.parameters():          # the precision of the packed file, so that latents stay those
+            parameter.data = parameter.data.half().float()
+        if not rank:
+            save(model, out, 0, made, torch.float16)
+            say("linear start, held out: log-spectral distance {:.2f} dB, SNR {:.1f} dB".format(*validate_autoencoder(autoencoder, held_out)))
+    autoencoder.encoder.requires_grad_(False)
+    say(f"decoder: {sum(p.numel() for p in decoder.parameters()) / 1e6:.1f} M parameters, {config.hop} samples a frame; "
+        f"{len(train)} tracks, {len(held_out)} held out; from step {start} of {args.steps}, {world} processes")
+    weights, clock = np.array([len(t) for t in train]) / sum(map(len, train)), time.time()
     for step in range(start, args.steps):
         rng = np.random.default_rng([args.seed, step])      # the same crops whether or not the run was interrupted
-        tracks = [train[i] for i in rng.choice(len(train), args.batch, p=np.array([len(t) for t in train]) / sum(map(len, train)))]
+        tracks = [train[i] for i in rng.choice(len(train), args.batch, p=weights)]
         starts = [rng.integers(len(t) - args.crop) for t in tracks]
         audio = torch.stack([to_audio(t[at:at + args.crop]) for t, at in list(zip(tracks, starts))[rows]])
-        noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))[rows]
-        progress = step / args.steps
+        noise = torch.from_numpy(rng.standard_normal((args.batch, config.latent_channels, args.crop // config.hop), np.float32))
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        mean, std = autoencoder.posterior(audio)
-        made = autoencoder.decode(mean + std * noise)
-        kl = (0.5 * (mean.square() + std.square() - 1) - std.log()).mean()
-        reconstruction = spectral_loss(made, audio)
-        (reconstruction + args.kl * kl).backward()
-        average_gradients(list(autoencoder.parameters()), world)
-        norm = nn.utils.clip_grad_norm_(autoencoder.parameters(), args.clip)
+            group["lr"] = args.lr * min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        with torch.no_grad():
+            mean, std = autoencoder.posterior(audio)
+        loss = reconstruction_loss(autoencoder.decode(mean + std * noise[rows]), audio)
+        loss.backward()
+        average_gradients(list(decoder.parameters()), world)
+        norm = nn.utils.clip_grad_norm_(decoder.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 49:
-            say(f"step {step + 1} loss {reconstruction.item():.3f} kl {kl.item():.2f} norm {norm:.2f} latents "
-                f"{(mean - mean.mean((0, 2), keepdim=True)).std():.3f} +- {std.mean():.4f}, {(time.time() - clock) / 50:.2f} s/step")
+            say(f"step {step + 1} loss {loss.item():.3f} norm {norm:.1f}, {(time.time() - clock) / 50:.2f} s/step")
             clock = time.time()
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             if not rank:
-                write(step + 1)
+                saved = {"weights": autoencoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                torch.save(saved, f"{state}.part")
+                os.replace(f"{state}.part", state)
+                save(model, out, step + 1, made, torch.float16)
                 distance, ratio = validate_autoencoder(autoencoder, held_out)
-                say(f"step {step + 1} held out: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB")
+                say(f"step {step + 1} held out: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB -> {out}")
             clock = time.time()
-    if rank:
-        return
-    for conv in convs:
-        parametrize.remove_parametrizations(conv, "weight")
-    fold_scale(autoencoder, train)
-    model = LMDM(config, stage="autoencoder")
-    model.autoencoder = autoencoder
-    # rounded now, so that the latents made with it are those of the packed model too
-    save(model, out, args.steps, " ".join(["nano.py", *sys.argv[1:]]), torch.float16)
-    distance, ratio = validate_autoencoder(autoencoder, held_out)
-    say(f"held out: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB -> {out}")
-
-
-@torch.no_grad()
-def fold_scale(autoencoder, tracks):
-    """Make latents zero-mean per channel and of unit variance overall, inside the first and last convolutions' weights."""
-    latents = torch.cat([autoencoder.encode(to_audio(t[:10 * 44100])[None])[0] for t in tracks], dim=-1)    # (C, frames)
-    mean, std = latents.mean(1), (latents - latents.mean(1, keepdim=True)).std()
-    C, last, first = len(mean), autoencoder.encoder[-1], autoencoder.decoder[0]
-    first.bias += first.weight.sum(2) @ mean
-    first.weight *= std
-    last.weight[:C] /= std
-    last.bias[:C] = (last.bias[:C] - mean) / std
-    last.bias[C:] -= std.log()                              # softplus is exp where the posterior is narrow, as here
 
 
 @torch.no_grad()
@@ -338,8 +342,7 @@ def main():
     s.add_argument("--batch", type=int, default=4)
     s.add_argument("--crop", type=int, default=16384, help="samples")
     s.add_argument("--lr", type=float, default=1e-3)
-    s.add_argument("--kl", type=float, default=1e-6, help="weight of the KL term")
-    s.add_argument("--clip", type=float, default=0.2, help="gradient norm")
+    s.add_argument("--clip", type=float, default=1.0, help="gradient norm")
     s.add_argument("--every", type=int, default=250, help="steps between validation and checkpoint")
     s.add_argument("--seed", type=int, default=0)
     s.add_argument("--threads", type=int, default=2)
