@@ -282,7 +282,8 @@ def return_memory():
     """On the CPU, checkpointing frees activations between what it keeps, and glibc would hold on to all those holes: have every
     tensor over 1 MiB mapped, and so returned, on its own. Half the peak, a little slower."""
     with contextlib.suppress(OSError, AttributeError, TypeError):   # another C library does as it likes
-        ctypes.CDLL(None).mallopt(-3, 2 ** 20)              # M_MMAP_THRESHOLD
+        for option, value in ((-4, 2 ** 16), (-3, 2 ** 20)):    # M_MMAP_MAX, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def over_processes(sums, world):

@@ -192,8 +192,8 @@ class SnakeBeta(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):                                   # (B, channels, samples)
-        alpha, beta = self.alpha.exp()[:, None], self.beta.exp()[:, None]
-        return x + torch.sin(alpha * x).square() / (beta + 1e-9)
+        wave = torch.sin(self.alpha.exp()[:, None] * x)
+        return torch.addcmul(x, wave, wave / (self.beta.exp()[:, None] + 1e-9))
 
 
 # Run as two-dimensional convolutions over (B, channels, 1, samples) with the channels last in memory: the same numbers,

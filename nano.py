@@ -34,83 +34,81 @@ from finetune import average_gradients, micro_rows, start_processes
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta, UserError
 from sample import load, run, save
 
-INSTRUMENTS = {"electric piano": 4, "vibraphone": 11, "marimba": 12}      # General MIDI programs
-TEXTURES = {"chorale": (66, 100), "arpeggios": (48, 76)}    # beats per minute, from and to
+INSTRUMENTS = {"marimba": 12}                               # General MIDI programs
+# latent frames per beat. Every note begins with a frame: then the same note is the same latents whenever it is played,
+# its phases too, and a small transformer can learn the notes themselves
+TEXTURES = {"chorale": {"slow": 48, "moderate": 32, "fast": 24}, "arpeggios": {"slow": 64, "moderate": 48, "fast": 32}}
+HOP, RATE = PRESETS["nano"].hop, PRESETS["nano"].sample_rate
+PITCHES, NOTE_SECONDS = range(28, 100), 5
 
 
 # ------------------------------------------------------------------------------------------------ scores -> audio
 def read_chorale(path):
-    """A chorale of music21's corpus -> (key name, length in beats, notes [(beat, beats, pitch, voice)])."""
+    """A chorale of music21's corpus, moved to C major or A minor -> (key name, beats, notes [(beat, pitch, voice)])."""
     from music21 import corpus
     score = corpus.parse(path)
     parts = list(score.parts)
     if len(parts) != 4:
         return None
     key = score.analyze("key")
-    notes = [(float(n.getOffsetInHierarchy(part)), float(n.quarterLength), pitch.midi, voice)
+    shift = ((0 if key.mode == "major" else 9) - key.tonic.pitchClass + 5) % 12 - 5
+    notes = [(float(n.getOffsetInHierarchy(part)), float(n.quarterLength), pitch.midi + shift, voice)
              for voice, part in enumerate(parts) for n in part.stripTies().recurse().notes for pitch in n.pitches]
-    name = f"{key.tonic.name[0]}{' flat' if '-' in key.tonic.name else ' sharp' if '#' in key.tonic.name else ''} {key.mode}"
-    return name, max(start + length for start, length, _, _ in notes), notes
+    return "C major" if key.mode == "major" else "A minor", max(start + length for start, length, _, _ in notes), notes
 
 
 def arpeggiate(notes, beats, rng):
-    """Break each beat's chord into sixteenths, low to high and, half the time, back down; the bass note is held."""
+    """Break each beat's chord into sixteenths, low to high and, half the time, back down."""
     out, down = [], rng.random() < 0.5
     for beat in range(int(beats)):
         chord = sorted({pitch for start, length, pitch, _ in notes if start < beat + 0.99 and start + length > beat + 0.01})
-        if not chord:
-            continue
         order = (chord * 4)[:4] if not (down and beat % 2) else (chord * 4)[:4][::-1]
-        out.append((beat, 1.0, chord[0], 3))
-        out += [(beat + i / 4, 1 - i / 4, pitch, 0) for i, pitch in enumerate(order) if i or pitch != chord[0]]
+        out += [(beat + i / 4, 1, pitch, 0 if i == 0 else 1) for i, pitch in enumerate(order)]
     return out
 
 
-def write_midi(path, notes, program, tempo, rng):
-    """One track, 480 ticks a beat, a little unevenness in time and touch."""
-    events = []
-    for start, length, pitch, voice in notes:
-        tick = max(0, round(480 * start) + rng.randint(-6, 6))
-        touch = (84 if voice == 0 else 68) + (8 if start % 1 == 0 else 0) + rng.randint(-10, 10)
-        events += [(tick, 1, 0x90, pitch, touch), (tick + round(480 * length) - 10, 0, 0x80, pitch, 0)]
-    track, now = bytearray(b"\x00\xff\x51\x03" + round(6e7 / tempo).to_bytes(3, "big") + bytes([0, 0xC0, program])), 0
-    for tick, _, status, pitch, touch in sorted(events):
-        delta, now = max(0, tick - now), max(tick, now)
-        chunks = [delta & 127]
-        while delta := delta >> 7:                          # variable-length quantity, most significant first
-            chunks.append(delta & 127 | 128)
-        track += bytes(chunks[::-1]) + bytes([status, pitch, touch])
+def write_midi(path, program):
+    """All pitches, one after the other: 480 ticks a beat, a beat a second, the default tempo being half of that."""
+    track, step = bytearray([0, 0xC0, program, 0, 0xFF, 0x51, 3]) + round(1e6).to_bytes(3, "big"), 480 * NOTE_SECONDS
+    delta = lambda ticks: bytes([ticks >> 7 | 128, ticks & 127])            # variable-length quantity
+    for pitch in PITCHES:
+        track += bytes([0, 0x90, pitch, 84]) + delta(step - 240) + bytes([0x80, pitch, 0]) + delta(240) + bytes([0xB0, 123, 0])
     track += b"\x00\xff\x2f\x00"
     Path(path).write_bytes(b"MThd" + struct.pack(">IHHH", 6, 0, 1, 480) + b"MTrk" + struct.pack(">I", len(track)) + track)
 
 
+def sample_notes(program, soundfont):
+    """{pitch: int16 (samples, 2)}: what fluidsynth makes of each note, left to ring."""
+    with tempfile.TemporaryDirectory() as tmp:
+        midi, wav = f"{tmp}/a.mid", f"{tmp}/a.wav"
+        write_midi(midi, program)
+        subprocess.run(["fluidsynth", "-ni", "-q", "-r", str(RATE), "-g", "0.8", "-R", "0", "-C", "0", "-F", wav, "-T", "wav",
+                        soundfont, midi], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        audio = soundfile.read(wav, dtype="int16", always_2d=True)[0]
+    n = NOTE_SECONDS * RATE
+    return {pitch: audio[i * n:(i + 1) * n - RATE // 20] for i, pitch in enumerate(PITCHES)}
+
+
 def render(job):
-    """One score -> one FLAC file, its silent end cut off. Returns (file name, prompt), or None where nothing came out."""
-    score, index, folder, soundfont = job
+    """One score -> one FLAC file. Returns (file name, prompt), or None where the score has not four parts."""
+    score, index, folder, instruments = job
     rng = random.Random(index)
-    instrument, texture = list(INSTRUMENTS)[index % 3], list(TEXTURES)[index // 3 % 2]
+    instrument, texture = list(instruments)[index % len(instruments)], list(TEXTURES)[index // len(instruments) % 2]
+    speed, frames = rng.choice(list(TEXTURES[texture].items()))
     target = folder / f"{index:03d}_{texture}_{instrument.replace(' ', '_')}.flac"
     chorale = read_chorale(score)
     if chorale is None:
         return None
     key, beats, notes = chorale
-    low, high = TEXTURES[texture]
-    tempo = rng.uniform(low, high)
-    speed = ("slow", "moderate", "fast")[min(2, int(3 * (tempo - low) / (high - low)))]
     if texture == "arpeggios":
         notes = arpeggiate(notes, beats, rng)
     if not target.exists():
-        with tempfile.TemporaryDirectory() as tmp:
-            midi, wav = f"{tmp}/a.mid", f"{tmp}/a.wav"
-            write_midi(midi, notes, INSTRUMENTS[instrument], tempo, rng)
-            subprocess.run(["fluidsynth", "-ni", "-q", "-r", "44100", "-g", "0.8", "-R", "0", "-C", "0", "-F", wav, "-T", "wav",
-                            soundfont, midi], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            audio, rate = soundfile.read(wav, dtype="int16")
-        loud = np.flatnonzero(np.abs(audio).max(1) > 60)
-        if not len(loud):
-            return None
+        audio = np.zeros((int((beats + 2) * frames) * HOP, 2), np.float32)
+        for start, _, pitch, voice in notes:
+            at, note = round(start * frames) * HOP, instruments[instrument][pitch]
+            audio[at:at + len(note)] += note[:len(audio) - at] * (1.4 if voice == 0 else 1.05)
         part = target.with_suffix(".part")
-        soundfile.write(part, audio[:loud[-1] + 1], rate, format="FLAC", subtype="PCM_16")
+        soundfile.write(part, audio.clip(-32767, 32767).round().astype(np.int16), RATE, format="FLAC", subtype="PCM_16")
         part.rename(target)
     return target.name, f"{speed} {texture} in {key} on {instrument}"
 
@@ -130,8 +128,9 @@ def make_data(args):
     scores = [str(p) for p in corpus.getComposer("bach") if p.stem.startswith("bwv")]
     random.Random(0).shuffle(scores := sorted(scores))
     started, rows = time.time(), []
+    instruments = {name: sample_notes(program, args.soundfont) for name, program in INSTRUMENTS.items()}
     with Pool(args.workers) as pool:
-        for row in pool.imap(render, [(s, i, folder, args.soundfont) for i, s in enumerate(scores[:args.tracks])]):
+        for row in pool.imap(render, [(s, i, folder, instruments) for i, s in enumerate(scores[:args.tracks])]):
             if row:
                 rows.append(row)
                 print(f"{len(rows):4d} {row[0]}: {row[1]}", file=sys.stderr)
@@ -317,8 +316,14 @@ def evaluate_autoencoder(args):
 
 
 def pack(args):
-    """Half the size, and what `sample.py` should do with it when nothing is said -> `nano.pt`."""
+    """Half the size, the newest decoder, and what `sample.py` should do when nothing is said -> `nano.pt`."""
     model = load(args.ckpt)
+    if args.autoencoder:
+        newest = load(args.autoencoder).autoencoder
+        audio = 0.1 * torch.randn(1, 2, 1 << 15)
+        if (newest.encode(audio) - model.autoencoder.encode(audio)).abs().max() > 1e-3:
+            raise UserError(f"the encoder of {args.autoencoder} is not the one that {args.ckpt} was trained with")
+        model.autoencoder.decoder = newest.decoder
     model.sampling = dict(steps=args.steps, cfg=args.cfg, sampler=args.sampler, prompt=args.prompt)
     saved = torch.load(args.ckpt, weights_only=True, mmap=True)
     save(model, args.out, saved["step"], saved["made"], torch.float16)
@@ -354,11 +359,12 @@ def main():
     s.set_defaults(run=evaluate_autoencoder)
     s = stages.add_parser("pack", help="make nano.pt")
     s.add_argument("--ckpt", default="out/nano.pt")
+    s.add_argument("--autoencoder", help="checkpoint to take the decoder from, where it was trained on after the DiT")
     s.add_argument("--out", default="nano.pt")
     s.add_argument("--steps", type=int, default=8)
     s.add_argument("--cfg", type=float, default=2.0)
     s.add_argument("--sampler", default="euler")
-    s.add_argument("--prompt", default="moderate arpeggios in C major on piano")
+    s.add_argument("--prompt", default="moderate arpeggios in C major on electric piano")
     s.set_defaults(run=pack)
     args = p.parse_args()
     torch.set_flush_denormal(True)

@@ -7,6 +7,8 @@
 two. `decode_stream` turns blocks into audio without seams. See "How it works" in the README.
 """
 import argparse
+import contextlib
+import ctypes
 import itertools
 import math
 import os
@@ -14,13 +16,16 @@ import struct
 import sys
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import soundfile
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import LMDM, Cond, Config, UserError, add_noise, denoise, guided, schedule
+from model import (LMDM, Cond, Config, Conv1d, ConvTranspose1d, ResidualUnit, UserError, add_noise, channels_last, denoise, guided,
+                   schedule)
 
 DEFAULTS = {                                                # by the stage recorded in the checkpoint
     "base": dict(sampler="pingpong", steps=8, cfg=1.0),
@@ -205,22 +210,79 @@ def clip(model, cond, frames, *, steps=None, sampler=None, cfg=None, seed=0):
     return denoise_block(predict, draw(), levels, settings["sampler"], model.config.objective, draw)
 
 
+class StreamingDecoder:
+    """The autoencoder's decoder fed piece by piece: each layer keeps the end of its input, so nothing is computed twice.
+
+    A convolution that looks ahead gives its output that much later; what its padding is to a whole, zeros at the start
+    and the end are to a stream. So all pieces together equal decoding everything at once."""
+
+    def __init__(self, autoencoder):
+        self.layers, self.kept = autoencoder.decoder, {}
+
+    def __call__(self, latents, last=False):
+        """(B, C, T) -> the audio (B, 2, n) that they settle; with `last` also all that is still inside."""
+        x = channels_last(latents)
+        for layer in self.layers:
+            if isinstance(layer, ResidualUnit):
+                x = self.unit(layer, x, last)
+            elif isinstance(layer, ConvTranspose1d):
+                x = self.upsample(layer, x, last)
+            else:
+                x = self.conv(layer, x, last) if isinstance(layer, Conv1d) else layer(x)
+        return x
+
+    def join(self, key, *parts):                            # what was kept, then the parts; in their memory order
+        parts = [p for p in (self.kept.get(key), *parts) if p is not None]
+        return torch.cat([p[:, :, None] for p in parts], dim=-1)[:, :, 0]
+
+    def conv(self, conv, x, last):
+        zeros = x.new_zeros(*x.shape[:2], conv.padding[0])
+        x = self.join(conv, None if conv in self.kept else zeros, x, zeros if last else None)
+        reach = conv.dilation[0] * (conv.kernel_size[0] - 1)
+        self.kept[conv] = x[..., max(0, x.shape[-1] - reach):]
+        if x.shape[-1] <= reach:
+            return x.new_zeros(len(x), conv.out_channels, 0)
+        return F.conv2d(x[:, :, None], conv.weight[:, :, None], conv.bias, dilation=(1, *conv.dilation))[:, :, 0]
+
+    def upsample(self, conv, x, last):                      # a frame reaches its own samples and those of the next
+        stride, pad, started = conv.stride[0], conv.padding[0], conv in self.kept
+        x = self.join(conv, x)
+        if not x.shape[-1]:
+            return x.new_zeros(len(x), conv.out_channels, 0)
+        self.kept[conv] = x[..., -1:]
+        y = F.conv_transpose2d(x[:, :, None], conv.weight[:, :, None], conv.bias, (1, stride))[:, :, 0]
+        return y[..., stride if started else pad:y.shape[-1] - (pad if last else stride)]
+
+    def unit(self, unit, x, last):
+        snake, wide, snake2, narrow = unit.layers
+        y = self.conv(narrow, snake2(self.conv(wide, snake(x), last)), last)
+        x = self.join(unit, x)
+        self.kept[unit] = x[..., y.shape[-1]:]
+        return x[..., :y.shape[-1]] + y
+
+
 @torch.no_grad()
 def decode_stream(autoencoder, latent_blocks):
     """Latent blocks (B, C, n) -> audio pieces (B, 2, m), together equal to decoding everything at once.
 
-    Each piece is decoded with the decoder's reach on both sides, and only its settled middle is given out; the end
-    comes when the blocks end."""
-    hop, margin = autoencoder.hop, autoencoder.decoder_margin
-    held, left = None, 0                                    # frames still needed; how many of them were given out already
+    A piece is what its block settles; the rest, for which the decoder must know what follows, comes with the next."""
+    decoder, block = StreamingDecoder(autoencoder), None
     for block in latent_blocks:
-        held = block if held is None else torch.cat([held, block], dim=-1)
-        settled = held.shape[-1] - margin
-        if settled > left:
-            yield autoencoder.decode(held)[..., left * hop:settled * hop]
-            held, left = held[..., max(0, settled - margin):], min(settled, margin)
-    if held is not None and held.shape[-1] > left:
-        yield autoencoder.decode(held)[..., left * hop:]
+        audio = decoder(block)
+        if audio.shape[-1]:
+            yield audio
+    if block is not None:
+        yield decoder(block[..., :0], last=True)
+
+
+def ahead(items):
+    """The same items, each made in another thread while the caller is busy with the one before."""
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item
 
 
 # ------------------------------------------------------------------------------------------------ output
@@ -271,8 +333,16 @@ def pcm(audio):
     return (audio[0].T.float().clamp(-1, 1) * 32767).round().to(torch.int16).cpu().numpy()
 
 
+def keep_memory():
+    """glibc returns large tensors to the kernel when freed, and gets them back page by page, zeroed: have it keep them."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):   # another C library does as it likes
+        for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26), (-8, 1)):     # M_MMAP_MAX, M_TRIM_THRESHOLD,
+            ctypes.CDLL(None).mallopt(option, value)                                    # M_TOP_PAD, M_ARENA_MAX
+
+
 def run(main):
     """Run a script's main(): a UserError is one line and status 2, a closed pipe is no error, Ctrl-C is 130."""
+    keep_memory()
     try:
         main()
         sys.stdout.flush()
@@ -372,6 +442,9 @@ def audio_of(model, args, samples):
     # whole blocks, and the decoder's reach beyond the end: so a shorter stream is exactly the start of a longer one
     blocks = None if samples is None else math.ceil((samples / c.hop + c.decoder_margin) / c.block)
     latents = stream(model, cond, blocks=blocks, prime=prime, use_cache=not args.no_cache, **options)
+    if args.device == "cpu" and torch.get_num_threads() > 1:    # half of the cores make blocks, half turn them into sound
+        torch.set_num_threads(torch.get_num_threads() // 2)
+        latents = ahead(latents)
     if prime is None:
         pieces = decode_stream(model.autoencoder, latents)
     else:                                                   # decode over the join, then drop what is the recording's
