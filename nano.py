@@ -1,10 +1,10 @@
 """The recipe of `nano.pt`, the small model that ships with this repository. Each stage runs alone and can be resumed:
 
-    python nano.py data           # public-domain scores (Bach chorales) -> rendered audio and prompts
-    torchrun --nproc_per_node=2 nano.py autoencoder --threads 1     # the Oobleck autoencoder, few channels
-    python finetune.py --init out/nano_ae.pt --data data/nano --out out/nano.pt --causal --steps 3000 --batch 8 \
-        --lr 1e-3 --lr-end 2e-5 --warmup 100
-    python nano.py pack           # float16, with the sampling defaults -> nano.pt
+    python nano.py data           # public-domain scores (Bach chorales) -> audio and prompts
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 nano.py autoencoder --threads 1
+    python finetune.py --init out/nano_ae.pt --data data/nano --out out/nano.pt --causal --steps 2000 --batch 2 \
+        --lr 1e-3 --lr-end 2e-5 --warmup 50
+    python nano.py pack --autoencoder out/nano_ae.pt        # float16, with the sampling defaults -> nano.pt
 
 `data` needs fluidsynth with its General MIDI soundfont (Debian: fluidsynth fluid-soundfont-gm) and `pip install music21`.
 """
@@ -364,7 +364,7 @@ def main():
     s.add_argument("--steps", type=int, default=8)
     s.add_argument("--cfg", type=float, default=2.0)
     s.add_argument("--sampler", default="euler")
-    s.add_argument("--prompt", default="moderate arpeggios in C major on electric piano")
+    s.add_argument("--prompt", default="moderate arpeggios in C major on marimba")
     s.set_defaults(run=pack)
     args = p.parse_args()
     torch.set_flush_denormal(True)

@@ -185,9 +185,8 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
     levels = schedule(settings["steps"])[:-1].to(device)
     shape = len(cond.tokens), c.latent_channels, c.block
     draw = lambda: torch.randn(shape, generator=rng).to(device)
-    prime = draw().new_zeros(*shape[:2], 0) if prime is None else prime[..., prime.shape[-1] % c.block:].to(device)
-    rng.manual_seed(seed)
-    context = Context(model, model.dit.memory(with_null(cond, cfg)), prime, use_cache)
+    prime = torch.zeros(*shape[:2], 0) if prime is None else prime[..., prime.shape[-1] % c.block:]
+    context = Context(model, model.dit.memory(with_null(cond, cfg)), prime.to(device), use_cache)
     predict = context.predict if cfg == 1 else lambda x, t: guided(context.predict(x, t), cfg)
     for _ in itertools.count() if blocks is None else range(blocks):
         x = denoise_block(predict, draw(), levels, settings["sampler"], c.objective, draw)
@@ -231,34 +230,37 @@ class StreamingDecoder:
                 x = self.conv(layer, x, last) if isinstance(layer, Conv1d) else layer(x)
         return x
 
-    def join(self, key, *parts):                            # what was kept, then the parts; in their memory order
-        parts = [p for p in (self.kept.get(key), *parts) if p is not None]
-        return torch.cat([p[:, :, None] for p in parts], dim=-1)[:, :, 0]
+    def seen(self, layer, x, pad, last):
+        """What a convolution that pads by `pad` on each side sees now: the end of what came before, and x."""
+        zeros = x.new_zeros(*x.shape[:2], pad)
+        parts = [self.kept.get(layer, zeros), x, *[zeros] * last]
+        x = torch.cat([p[:, :, None] for p in parts], dim=-1)[:, :, 0]      # with this axis channels stay last in memory
+        self.kept[layer] = x[..., max(0, x.shape[-1] - 2 * pad):]
+        return x
 
-    def conv(self, conv, x, last):
-        zeros = x.new_zeros(*x.shape[:2], conv.padding[0])
-        x = self.join(conv, None if conv in self.kept else zeros, x, zeros if last else None)
-        reach = conv.dilation[0] * (conv.kernel_size[0] - 1)
-        self.kept[conv] = x[..., max(0, x.shape[-1] - reach):]
-        if x.shape[-1] <= reach:
+    def unpadded(self, conv, x):
+        if x.shape[-1] <= 2 * conv.padding[0]:
             return x.new_zeros(len(x), conv.out_channels, 0)
         return F.conv2d(x[:, :, None], conv.weight[:, :, None], conv.bias, dilation=(1, *conv.dilation))[:, :, 0]
 
-    def upsample(self, conv, x, last):                      # a frame reaches its own samples and those of the next
-        stride, pad, started = conv.stride[0], conv.padding[0], conv in self.kept
-        x = self.join(conv, x)
-        if not x.shape[-1]:
-            return x.new_zeros(len(x), conv.out_channels, 0)
-        self.kept[conv] = x[..., -1:]
-        y = F.conv_transpose2d(x[:, :, None], conv.weight[:, :, None], conv.bias, (1, stride))[:, :, 0]
-        return y[..., stride if started else pad:y.shape[-1] - (pad if last else stride)]
+    def conv(self, conv, x, last):
+        return self.unpadded(conv, self.seen(conv, x, conv.padding[0], last))
 
     def unit(self, unit, x, last):
         snake, wide, snake2, narrow = unit.layers
-        y = self.conv(narrow, snake2(self.conv(wide, snake(x), last)), last)
-        x = self.join(unit, x)
-        self.kept[unit] = x[..., y.shape[-1]:]
-        return x[..., :y.shape[-1]] + y
+        pad = wide.padding[0]
+        x = self.seen(unit, x, pad, last)
+        y = self.unpadded(narrow, snake2(self.unpadded(wide, snake(x))))
+        return x[..., pad:pad + y.shape[-1]] + y
+
+    def upsample(self, conv, x, last):                      # a frame reaches its own samples and those of the next
+        stride, pad, started = conv.stride[0], conv.padding[0], conv in self.kept
+        x = torch.cat([self.kept[conv], x], dim=-1) if started else x
+        if not x.shape[-1]:
+            return x.new_zeros(len(x), conv.out_channels, 0)
+        self.kept[conv] = x[..., -1:]
+        y = F.conv_transpose2d(channels_last(x)[:, :, None], conv.weight[:, :, None], conv.bias, (1, stride))[:, :, 0]
+        return y[..., stride if started else pad:y.shape[-1] - (pad if last else stride)]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ import torchaudio
 import arc_forcing
 import data
 import finetune
+import nano
 import sample
 import stable_audio_port as port
 
@@ -223,6 +225,53 @@ def test_streamed_decode_equals_whole(sizes):
     whole = model.autoencoder.decode(latents)
     streamed = torch.cat(list(sample.decode_stream(model.autoencoder, latents.split(sizes, dim=-1))), dim=-1)
     assert streamed.shape == whole.shape and (streamed - whole).abs().max() < 1e-5
+
+
+def test_autoencoder_starts_as_a_codec():
+    """Before any training music comes back: the transforms invert each other, the principal components keep the energy."""
+    x, basis = torch.randn(1, 1, 400), nano.mdct(4)[:, None]
+    frames = torch.nn.functional.conv1d(x, basis, stride=4, padding=2)
+    back = torch.nn.functional.conv_transpose1d(frames, basis, stride=4, padding=2)
+    assert (x - back)[..., 4:-4].abs().max() < 1e-5
+    t = torch.arange(32 * 400) / 44100
+    tones = torch.tensor([[[110.0], [440.0]], [[330.0], [1000.0]], [[70.0], [700.0]]])
+    audio = 0.1 * torch.sin(2 * math.pi * tones * t)        # left and right differ
+    ae = tiny().autoencoder
+    nano.start_as_transform(ae, audio)
+    latents = ae.encode(audio)
+    assert nano.snr(ae.decode(latents)[..., 500:-500], audio[..., 500:-500]) > 20
+    assert 0.8 < latents.square().mean() < 1.2
+
+
+def test_pack_takes_a_newer_decoder(tmp_path, monkeypatch, capsys):
+    """... of the same encoder: with another the latents would mean something else."""
+    model, newer, other = tiny(), tiny(), tiny()
+    newer.autoencoder.decoder[0].weight += 1
+    other.autoencoder.encoder[0].weight += 1
+    for name in ("model", "newer", "other"):
+        sample.save(locals()[name], tmp_path / f"{name}.pt")
+    pack = lambda name: call(nano.main, monkeypatch, capsys, "pack", "--ckpt", tmp_path / "model.pt", "--autoencoder",
+                             tmp_path / f"{name}.pt", "--out", tmp_path / "packed.pt", "--steps", 4, "--cfg", 1.5)
+    status, err = pack("other")
+    assert status == 2 and "encoder" in err and not (tmp_path / "packed.pt").exists()
+    assert pack("newer")[0] == 0
+    packed = sample.load(tmp_path / "packed.pt")
+    assert packed.sampling["steps"] == 4 and packed.sampling["cfg"] == 1.5
+    assert torch.allclose(packed.autoencoder.decoder[0].weight, newer.autoencoder.decoder[0].weight, atol=1e-3)
+    assert torch.allclose(packed.dit.project_in.weight, model.dit.project_in.weight, atol=1e-3)
+
+
+def test_ahead():
+    """The same items, made in another thread; its exceptions arrive too."""
+    def items():
+        yield threading.get_ident()
+        yield 1
+        raise UserError("no more")
+    made = sample.ahead(items())
+    assert next(made) != threading.get_ident() and next(made) == 1
+    with pytest.raises(UserError, match="no more"):
+        next(made)
+    assert list(sample.ahead(range(100))) == list(range(100))
 
 
 @pytest.mark.parametrize("side", ["decoder", "encoder"])
@@ -462,7 +511,8 @@ def test_readme_commands(tmp_path, music):
     smaller = [(r"--seconds \S+", "--seconds 0.2"), (r"--(steps|batch|rollout) \d+", r"--\1 2"), (r"--accumulate \d+", ""),
                (r"--warmup \d+", "--warmup 1"), (r"--init out/nano_ae.pt", "--init nano.pt"), (r"torchrun", "python -m torch.distributed.run")]
     more = {"finetune.py": " --sample-every 0 --validation-crops 2 --blocks 1 --threads 1", "arc_forcing.py": " --d-warmup 1 --sample-every 0 --batch 2 --steps 2 --most 2",
-            "sample.py": " --out played.wav", "measure.py": " --seeds 1 --seconds 10"}
+            "sample.py": " --out played.wav", "measure.py": " --seeds 1 --seconds 10",
+            "bench.py": " --repeats 1 --threads 2"}
     commands, ran = readme_commands(), set()
     assert len(commands) > 10
     for command in commands:
@@ -476,7 +526,7 @@ def test_readme_commands(tmp_path, music):
         refused = done.returncode == 2 and re.search(r"pip install (transformers|matplotlib)", done.stderr)
         assert done.returncode == 0 or refused, f"{command}\n{done.stderr[-1500:]}"
         ran.add(name)
-    assert {"sample.py", "finetune.py", "arc_forcing.py", "stable_audio_port.py", "measure.py", "nano.py"} <= ran
+    assert {"sample.py", "finetune.py", "arc_forcing.py", "stable_audio_port.py", "measure.py", "nano.py", "bench.py"} <= ran
 
 
 # ------------------------------------------------------------------------------------------------ data: files, prompts, latents

@@ -1,0 +1,168 @@
+"""How fast, and how far from what the machine allows. Random weights, medians, everything compared within one run, in turns.
+
+    python bench.py                                                 # nano, both regimes
+    python bench.py --preset sao_small --steps 8 4 2 1 --repeats 5
+    python bench.py --preset sao_small --device cuda --precision bf16
+
+Columns, in milliseconds. step: one denoising step with the cache; block: all steps of a block, taking the last block into
+the cache included; floor: the block's matrix products and attentions alone, as bare library calls on the same shapes;
+outpaint: the same network over the whole window at every step, as without a cache; decode: the block to audio, streaming;
+its floor: the decoder's convolutions alone; whole: the share of a block where eight are decoded at once. Then everything as
+`sample.py` plays it: times real time, and seconds from the start of the stream to its first audio.
+"""
+import argparse
+import itertools
+import platform
+import time
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from finetune import has_bf16
+from model import LMDM, PRESETS, Conv1d, ConvTranspose1d, channels_last, schedule
+from sample import Context, StreamingDecoder, ahead, decode_stream, denoise_block, device_of, run, stream, whole
+
+
+def medians(jobs, repeats, device):
+    """{name: function} -> {name: median milliseconds}: all in turns, after one round that does not count."""
+    taken = {name: [] for name in jobs}
+    for round_ in range(repeats + 1):
+        for name, job in jobs.items():
+            synchronize(device)
+            start = time.perf_counter()
+            job()
+            synchronize(device)
+            if round_:
+                taken[name].append(1e3 * (time.perf_counter() - start))
+    return {name: sorted(times)[len(times) // 2] for name, times in taken.items()}
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def to_precision(model, dtype):
+    """Weights in dtype, but for the frequencies: angles stay exact."""
+    kept = [(module, name, tensor) for module in model.modules() for name, tensor in [*module.named_buffers(recurse=False)]]
+    model.to(dtype)
+    for module, name, tensor in kept:
+        setattr(module, name, tensor.to(next(model.parameters()).device))
+    return model
+
+
+def recorded(module, kinds, job):
+    """Run job() and return (layer, its input) of every layer of these kinds that it went through."""
+    calls, hooks = [], []
+    for layer in module.modules():
+        if isinstance(layer, kinds):
+            hooks.append(layer.register_forward_pre_hook(lambda m, args: calls.append((m, args[0]))))
+    job()
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def block_floor(model, cond, context, steps):
+    """A function of a block's matrix products and attentions alone."""
+    c, x = model.config, torch.randn(1, model.config.latent_channels, model.config.block).to(cond.tokens)
+    t, H, d = torch.tensor(0.5, device=x.device), model.config.heads, model.config.head_width
+    context.append(x)
+    passes = [recorded(model.dit.layers, nn.Linear, lambda: context.predict(x, t)) for _ in range(2)]    # first step, later step
+    attentions = []
+    for calls in passes:
+        n, keys = calls[0][1].shape[1], c.window + 1
+        attentions.append([(x.new_zeros(1, H, n, d), x.new_zeros(1, H, k, d)) for k in (max(keys, n), cond.tokens.shape[1])])
+
+    def bare():
+        for step in range(steps):
+            for layer, y in passes[min(step, 1)]:
+                F.linear(y, layer.weight, layer.bias)
+            for _ in range(c.depth):
+                for q, k in attentions[min(step, 1)]:
+                    F.scaled_dot_product_attention(q, k, k)
+    return bare
+
+
+def decode_floor(autoencoder, latents):
+    """A function of the decoder's convolutions alone, for these latents."""
+    calls = recorded(autoencoder.decoder, (Conv1d, ConvTranspose1d), lambda: autoencoder.decode(latents))
+    calls = [(conv, channels_last(x)) for conv, x in calls]
+    return lambda: [conv(x) for conv, x in calls]
+
+
+def row(preset, causal, steps, args, device, dtype):
+    """The figures of one line of the table, as a dictionary."""
+    torch.manual_seed(args.seed)
+    model = LMDM(replace(PRESETS[preset], causal=causal), stage="arc").requires_grad_(False).eval()
+    model = to_precision(model.to(device), dtype)
+    c, block_seconds = model.config, model.config.block / model.config.frame_rate
+    text = ["moderate arpeggios"] if c.text == "words" else torch.randn(1, c.text_tokens, c.cond_width, device=device, dtype=dtype)
+    cond = model.conditioner(text, **{k: torch.tensor([float(v)], device=device).to(dtype) for k, v in c.stream_numbers.items()})
+    latents = torch.randn(1, c.latent_channels, c.context, device=device).to(dtype)
+    block, levels = latents[..., :c.block], schedule(steps)[:-1].to(device, dtype)
+    memory, decoder = model.dit.memory(cond), StreamingDecoder(model.autoencoder)
+    context = Context(model, memory, latents)
+
+    def denoise():
+        context.append(denoise_block(context.predict, block, levels, "pingpong", c.objective, lambda: block))
+    cached = Context(model, memory, latents)
+    cached.predict(block, levels[0])                        # nothing pending any more: a later step
+    everything = {
+        "step": lambda: cached.predict(block, levels[0]),
+        "block": denoise,
+        "floor": block_floor(model, cond, Context(model, memory, latents), steps),
+        "outpaint": lambda: [model.dit(block, t[None], cond, context=latents) for t in levels],
+        "decode": lambda: decoder(block),
+        "decode floor": decode_floor(model.autoencoder, block),
+        "whole": lambda: model.autoencoder.decode(block.repeat(1, 1, 8)),
+    }
+    times = medians(everything, args.repeats, device)
+    times["whole"] /= 8
+
+    threads, played, n = torch.get_num_threads(), [], args.repeats + 1
+    blocks = stream(model, cond, blocks=n, steps=steps, sampler="pingpong", cfg=1)
+    if device.type == "cpu" and threads > 1:                # as sample.py does
+        torch.set_num_threads(threads // 2)
+        blocks = ahead(blocks)
+    start = time.perf_counter()
+    for audio in decode_stream(model.autoencoder, blocks):
+        audio.float().cpu()
+        played.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    played = played[:n]                                     # without the closing tail
+    return {**times, "x real time": block_seconds * 1e3 / (1e3 * (played[-1] - played[0]) / (len(played) - 1)), "first": played[0]}
+
+
+@torch.no_grad()
+def main():
+    p = argparse.ArgumentParser(description="Measure speed against what the machine allows.", allow_abbrev=False)
+    p.add_argument("--preset", nargs="+", choices=sorted(PRESETS), default=["nano"])
+    p.add_argument("--regime", nargs="+", choices=("causal", "encdec"), default=["causal", "encdec"])
+    p.add_argument("--steps", nargs="+", type=whole, default=[8, 4])
+    p.add_argument("--repeats", type=whole, default=5)
+    p.add_argument("--precision", nargs="+", choices=("float32", "bf16"), help="(default: float32, and bf16 where the hardware has it)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+    args = p.parse_args()
+    device = device_of(args.device)
+    torch.set_flush_denormal(True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    precisions = args.precision or ["float32"] + ["bf16"] * has_bf16(device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    print(f"torch {torch.__version__}, {device.type} ({name}), {torch.get_num_threads()} threads, seed {args.seed}, medians of {args.repeats}, ms")
+    columns = ("step", "block", "floor", "outpaint", "decode", "decode floor", "whole", "x real time", "first")
+    print(f"{'preset':10} {'regime':7} {'dtype':8} {'steps':>5}" + "".join(f" {name:>12}" for name in columns))
+    for preset, precision, regime, steps in itertools.product(args.preset, precisions, args.regime, args.steps):
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        figures = row(preset, regime == "causal", steps, args, device, dtype)
+        print(f"{preset:10} {regime:7} {precision:8} {steps:5d}" + "".join(
+            f" {figures[name]:12.2f}" if name in ("x real time", "first") else f" {figures[name]:12.1f}" for name in columns), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
