@@ -6,7 +6,7 @@
 
 Columns, in milliseconds. step: one denoising step with the cache; block: all steps of a block, taking the last block into
 the cache included; floor: the block's matrix products and attentions alone, as bare library calls on the same shapes;
-outpaint: the same network over the whole window at every step, as without a cache; decode: the block to audio, streaming;
+outpaint: the same network over the whole window at every step, which is what outpainting does; decode: the block to audio, streaming;
 its floor: the decoder's convolutions alone; whole: the share of a block where eight are decoded at once. Then everything as
 `sample.py` plays it: times real time, and seconds from the start of the stream to its first audio.
 """
@@ -22,7 +22,7 @@ from torch import nn
 
 from finetune import has_bf16
 from model import LMDM, PRESETS, Conv1d, ConvTranspose1d, channels_last, schedule
-from sample import Context, StreamingDecoder, ahead, decode_stream, denoise_block, device_of, run, stream, whole
+from sample import Context, StreamingDecoder, decode_stream, denoise_block, device_of, keep_memory, prefetch, run, stream, whole
 
 
 def medians(jobs, repeats, device):
@@ -45,7 +45,7 @@ def synchronize(device):
 
 
 def to_precision(model, dtype):
-    """Weights in dtype, but for the frequencies: angles stay exact."""
+    """Weights in dtype; buffers, the rotary frequencies, as they are: angles stay exact."""
     kept = [(module, name, tensor) for module in model.modules() for name, tensor in [*module.named_buffers(recurse=False)]]
     model.to(dtype)
     for module, name, tensor in kept:
@@ -73,8 +73,9 @@ def block_floor(model, cond, context, steps):
     passes = [recorded(model.dit.layers, nn.Linear, lambda: context.predict(x, t)) for _ in range(2)]    # first step, later step
     attentions = []
     for calls in passes:
-        n, keys = calls[0][1].shape[1], c.window + 1
-        attentions.append([(x.new_zeros(1, H, n, d), x.new_zeros(1, H, k, d)) for k in (max(keys, n), cond.tokens.shape[1])])
+        n, cross = calls[0][1].shape[1], cond.tokens.shape[1]
+        keys = n if not c.causal and n > c.block + 1 else c.context + n     # encoder-decoder: the first pass holds the context
+        attentions.append([(x.new_zeros(1, H, n, d), x.new_zeros(1, H, k, d)) for k in (keys, cross)])
 
     def bare():
         for step in range(steps):
@@ -103,7 +104,7 @@ def row(preset, causal, steps, args, device, dtype):
     cond = model.conditioner(text, **{k: torch.tensor([float(v)], device=device).to(dtype) for k, v in c.stream_numbers.items()})
     latents = torch.randn(1, c.latent_channels, c.context, device=device).to(dtype)
     block, levels = latents[..., :c.block], schedule(steps)[:-1].to(device, dtype)
-    memory, decoder = model.dit.memory(cond), StreamingDecoder(model.autoencoder)
+    n, memory, decoder = c.context_blocks, model.dit.memory(cond), StreamingDecoder(model.autoencoder)
     context = Context(model, memory, latents)
 
     def denoise():
@@ -114,7 +115,7 @@ def row(preset, causal, steps, args, device, dtype):
         "step": lambda: cached.predict(block, levels[0]),
         "block": denoise,
         "floor": block_floor(model, cond, Context(model, memory, latents), steps),
-        "outpaint": lambda: [model.dit(block, t[None], cond, context=latents) for t in levels],
+        "outpaint": lambda: [model.dit.blocks(memory, block, t[None, None], (n,), latents, tuple(range(n))) for t in levels],
         "decode": lambda: decoder(block),
         "decode floor": decode_floor(model.autoencoder, block),
         "whole": lambda: model.autoencoder.decode(block.repeat(1, 1, 8)),
@@ -125,15 +126,15 @@ def row(preset, causal, steps, args, device, dtype):
     threads, played, n = torch.get_num_threads(), [], args.repeats + 1
     blocks = stream(model, cond, blocks=n, steps=steps, sampler="pingpong", cfg=1)
     if device.type == "cpu" and threads > 1:                # as sample.py does
-        torch.set_num_threads(threads // 2)
-        blocks = ahead(blocks)
+        torch.set_num_threads((threads + 1) // 2)
+        blocks = prefetch(blocks)
     start = time.perf_counter()
     for audio in decode_stream(model.autoencoder, blocks):
         audio.float().cpu()
         played.append(time.perf_counter() - start)
     torch.set_num_threads(threads)
     played = played[:n]                                     # without the closing tail
-    return {**times, "x real time": block_seconds * 1e3 / (1e3 * (played[-1] - played[0]) / (len(played) - 1)), "first": played[0]}
+    return {**times, "x real time": block_seconds * (len(played) - 1) / (played[-1] - played[0]), "first": played[0]}
 
 
 @torch.no_grad()
@@ -150,6 +151,7 @@ def main():
     args = p.parse_args()
     device = device_of(args.device)
     torch.set_flush_denormal(True)
+    keep_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     precisions = args.precision or ["float32"] + ["bf16"] * has_bf16(device)

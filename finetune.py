@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 from model import LMDM, PRESETS, Cond, UserError, add_noise, shift_time, velocity
-from sample import WavWriter, decode_stream, device_of, load, pcm, read_checkpoint, run, save, stream, whole
+from sample import WavWriter, decode_stream, device_of, keep_memory, load, pcm, read_checkpoint, run, save, stream, whole
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -275,6 +275,8 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     rank, world, device = start_processes(args.device)
+    if not args.remat:                                      # activation checkpointing is for those short of memory
+        keep_memory()
     rows = micro_rows(args.batch, args.accumulate, world, rank)
     torch.manual_seed(args.seed)                            # for weights that start at random
     model = start_model(args) if saved is None else load(args.out)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import data
 from model import UserError
-from sample import decode_stream, default_checkpoint, device_of, load, pcm, run, sampling_settings, stream, whole
+from sample import decode_stream, default_checkpoint, device_of, keep_memory, load, pcm, run, sampling_settings, stream, whole
 
 HOP = 512                                                   # samples between frames of the figures below
 
@@ -189,6 +189,7 @@ def main():
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
     args = p.parse_args()
     torch.set_flush_denormal(True)
+    keep_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     path = args.ckpt or default_checkpoint()

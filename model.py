@@ -234,7 +234,7 @@ class Autoencoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         strides = config.ae_strides
-        self.hop, self.encoder_margin, self.decoder_margin = config.hop, config.encoder_margin, config.decoder_margin
+        self.hop = config.hop
         widths = [config.ae_width] + [config.ae_width * m for m in config.ae_multipliers]
         levels = list(zip(widths, widths[1:], strides))     # (audio side, latent side, stride), from the audio inwards
 
@@ -289,7 +289,7 @@ class Number(nn.Module):
     def forward(self, values):                              # (B,)
         x = ((values.clamp(self.low, self.high) - self.low) / (self.high - self.low))[:, None]
         angles = 2 * math.pi * x * self.frequencies
-        return self.linear(torch.cat([x, angles.sin(), angles.cos()], dim=-1))                      # (B, width)
+        return self.linear(torch.cat([x, angles.sin(), angles.cos()], dim=-1).to(self.linear.weight.dtype))    # (B, width)
 
 
 class Words(nn.Module):
@@ -579,7 +579,8 @@ class DiT(nn.Module):
 
 
 class LMDM(nn.Module):
-    """The three networks and their sizes. stage: "scratch", "base" (public weights), "finetune" or "arc";
+    """The three networks and their sizes. stage: "scratch", "autoencoder" (the DiT's weights say nothing yet),
+    "base" (public weights), "finetune" or "arc";
     sampling: what the checkpoint recommends, over the stage's defaults."""
     def __init__(self, config, stage="scratch", sampling=None):
         super().__init__()

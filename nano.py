@@ -14,7 +14,6 @@ import math
 import os
 import random
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -26,13 +25,14 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from data import audio_files, read_audio, split
 from finetune import average_gradients, micro_rows, start_processes
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta, UserError
-from sample import load, run, save
+from sample import keep_memory, load, read_checkpoint, run, save
 
 INSTRUMENTS = {"marimba": 12}                               # General MIDI programs
 # latent frames per beat. Every note begins with a frame: then the same note is the same latents whenever it is played,
@@ -40,6 +40,7 @@ INSTRUMENTS = {"marimba": 12}                               # General MIDI progr
 TEXTURES = {"chorale": {"slow": 48, "moderate": 32, "fast": 24}, "arpeggios": {"slow": 64, "moderate": 48, "fast": 32}}
 HOP, RATE = PRESETS["nano"].hop, PRESETS["nano"].sample_rate
 PITCHES, NOTE_SECONDS = range(28, 100), 5
+NOTES = {}                                                  # {instrument: {pitch: int16 (samples, 2)}}, in each worker
 
 
 # ------------------------------------------------------------------------------------------------ scores -> audio
@@ -68,17 +69,17 @@ def arpeggiate(notes, beats, rng):
 
 
 def write_midi(path, program):
-    """All pitches, one after the other: 480 ticks a beat, a beat a second, the default tempo being half of that."""
+    """All pitches, one after the other, at 480 ticks a second."""
     track, step = bytearray([0, 0xC0, program, 0, 0xFF, 0x51, 3]) + round(1e6).to_bytes(3, "big"), 480 * NOTE_SECONDS
-    delta = lambda ticks: bytes([ticks >> 7 | 128, ticks & 127])            # variable-length quantity
+    delta = lambda ticks: bytes([ticks >> 7 | 128, ticks & 127])            # variable-length quantity, below 16384
     for pitch in PITCHES:
-        track += bytes([0, 0x90, pitch, 84]) + delta(step - 240) + bytes([0x80, pitch, 0]) + delta(240) + bytes([0xB0, 123, 0])
+        track += bytes([0, 0x90, pitch, 84]) + delta(step - 240) + bytes([0x80, pitch, 0]) + delta(240) + bytes([0xB0, 120, 0])       # all sound off
     track += b"\x00\xff\x2f\x00"
     Path(path).write_bytes(b"MThd" + struct.pack(">IHHH", 6, 0, 1, 480) + b"MTrk" + struct.pack(">I", len(track)) + track)
 
 
 def sample_notes(program, soundfont):
-    """{pitch: int16 (samples, 2)}: what fluidsynth makes of each note, left to ring."""
+    """{pitch: int16 (samples, 2)}: what fluidsynth makes of each note, held almost to the end."""
     with tempfile.TemporaryDirectory() as tmp:
         midi, wav = f"{tmp}/a.mid", f"{tmp}/a.wav"
         write_midi(midi, program)
@@ -89,11 +90,15 @@ def sample_notes(program, soundfont):
     return {pitch: audio[i * n:(i + 1) * n - RATE // 20] for i, pitch in enumerate(PITCHES)}
 
 
+def share_notes(notes):                                     # what each worker starts with
+    NOTES.update(notes)
+
+
 def render(job):
     """One score -> one FLAC file. Returns (file name, prompt), or None where the score has not four parts."""
-    score, index, folder, instruments = job
+    score, index, folder = job
     rng = random.Random(index)
-    instrument, texture = list(instruments)[index % len(instruments)], list(TEXTURES)[index // len(instruments) % 2]
+    instrument, texture = list(NOTES)[index % len(NOTES)], list(TEXTURES)[index // len(NOTES) % 2]
     speed, frames = rng.choice(list(TEXTURES[texture].items()))
     target = folder / f"{index:03d}_{texture}_{instrument.replace(' ', '_')}.flac"
     chorale = read_chorale(score)
@@ -105,7 +110,7 @@ def render(job):
     if not target.exists():
         audio = np.zeros((int((beats + 2) * frames) * HOP, 2), np.float32)
         for start, _, pitch, voice in notes:
-            at, note = round(start * frames) * HOP, instruments[instrument][pitch]
+            at, note = round(start * frames) * HOP, NOTES[instrument][pitch]
             audio[at:at + len(note)] += note[:len(audio) - at] * (1.4 if voice == 0 else 1.05)
         part = target.with_suffix(".part")
         soundfile.write(part, audio.clip(-32767, 32767).round().astype(np.int16), RATE, format="FLAC", subtype="PCM_16")
@@ -114,7 +119,7 @@ def render(job):
 
 
 def make_data(args):
-    """Render the first `--tracks` chorales in four parts to `--data`, with metadata.csv."""
+    """Render those of the first `--tracks` chorales that have four parts to `--data`, with metadata.csv."""
     if not shutil.which("fluidsynth"):
         raise UserError("fluidsynth is not installed: on Debian, apt-get install fluidsynth fluid-soundfont-gm")
     if not Path(args.soundfont).exists():
@@ -126,11 +131,12 @@ def make_data(args):
     folder = Path(args.data)
     folder.mkdir(parents=True, exist_ok=True)
     scores = [str(p) for p in corpus.getComposer("bach") if p.stem.startswith("bwv")]
-    random.Random(0).shuffle(scores := sorted(scores))
+    scores.sort()
+    random.Random(0).shuffle(scores)
     started, rows = time.time(), []
-    instruments = {name: sample_notes(program, args.soundfont) for name, program in INSTRUMENTS.items()}
-    with Pool(args.workers) as pool:
-        for row in pool.imap(render, [(s, i, folder, instruments) for i, s in enumerate(scores[:args.tracks])]):
+    notes = {name: sample_notes(program, args.soundfont) for name, program in INSTRUMENTS.items()}
+    with Pool(args.workers, share_notes, (notes,)) as pool:
+        for row in pool.imap(render, [(s, i, folder) for i, s in enumerate(scores[:args.tracks])]):
             if row:
                 rows.append(row)
                 print(f"{len(rows):4d} {row[0]}: {row[1]}", file=sys.stderr)
@@ -185,9 +191,9 @@ def to_audio(samples):                                      # int16 (n, 2) -> (2
 @torch.no_grad()
 def validate_autoencoder(autoencoder, tracks):
     """Log-spectral distance and SNR in dB over ten seconds of each held-out track."""
-    n = 10 * 44100
+    n = 10 * RATE
     pairs = [(autoencoder.decode(autoencoder.encode(x)), x) for x in
-             (to_audio(t[5 * 44100:5 * 44100 + n])[None] for t in tracks)]
+             (to_audio(t[max(0, len(t) - n) // 2:][:n])[None] for t in tracks)]
     pairs = [(made, real[..., :made.shape[-1]]) for made, real in pairs]
     return np.mean([log_spectral_distance(*p) for p in pairs]), np.mean([snr(*p) for p in pairs])
 
@@ -210,7 +216,7 @@ def start_as_transform(autoencoder, audio):
     """Make the autoencoder a linear codec fitted to `audio`: from there training has only to improve on it.
 
     Each strided convolution becomes a lapped transform followed by the principal components of what comes out of it, the
-    decoder's the transpose. What is not linear starts as (nearly) nothing: wide-open snakes, silent residual units.
+    decoder's the transpose. What is not linear starts as (nearly) nothing: the snakes' sine damped to a twentieth, residual units silent.
     From a random start the same network first has to discover that a latent must carry phase for a pitch to survive."""
     for layer in [*autoencoder.encoder, *autoencoder.decoder]:
         if isinstance(layer, SnakeBeta):
@@ -220,10 +226,11 @@ def start_as_transform(autoencoder, audio):
             nn.init.zeros_(layer.layers[3].bias)
         else:
             nn.init.zeros_(layer.weight)
-            layer.bias is None or nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     first, *down, last = (m for m in autoencoder.encoder if isinstance(m, nn.Conv1d))
-    last_up, *up, first_up = reversed([m for m in autoencoder.decoder if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d))])
-    for conv in (first, last_up):
+    decoder_last, *up, decoder_first = reversed([m for m in autoencoder.decoder if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d))])
+    for conv in (first, decoder_last):
         conv.weight[:, :, 3] = torch.eye(*conv.weight.shape[:2])
     x = first(audio)
     for conv, back in zip(down, up):
@@ -233,16 +240,16 @@ def start_as_transform(autoencoder, audio):
         conv.weight.copy_(torch.einsum("ocb,bk->ock", directions.unflatten(1, (x.shape[1], -1)), basis))
         back.weight.copy_(conv.weight)
         x = conv(x)
-    C = first_up.in_channels
+    C = decoder_first.in_channels
     directions, rms = principal_components(x, C)
     scale = rms.sqrt() * rms.mean().sqrt()                  # half way to equal loudness of all channels, 1 on the whole
     last.weight[:C, :, 1] = directions / scale[:, None]
     last.bias[C:] = -2                                      # the posterior: a standard deviation of 0.13
-    first_up.weight[:, :, 3] = directions.T * scale
+    decoder_first.weight[:, :, 3] = directions.T * scale
 
 
 def train_autoencoder(args):
-    """Fit the linear start, then train the decoder alone; resumed from `--out`.train wherever it stopped.
+    """Fit the linear start, then train the decoder alone; run again to go on from the last `--out`.train.
 
     The encoder stays as it is, so latents never change: the DiT can be trained before the decoder is done."""
     rank, world, _ = start_processes("cpu")
@@ -267,6 +274,9 @@ def train_autoencoder(args):
         if not rank:
             save(model, out, 0, made, torch.float16)
             say("linear start, held out: log-spectral distance {:.2f} dB, SNR {:.1f} dB".format(*validate_autoencoder(autoencoder, held_out)))
+    if world > 1:                                           # the transform is only found up to signs: everyone takes the first's
+        for tensor in autoencoder.state_dict().values():
+            dist.broadcast(tensor, 0)
     autoencoder.encoder.requires_grad_(False)
     say(f"decoder: {sum(p.numel() for p in decoder.parameters()) / 1e6:.1f} M parameters, {config.hop} samples a frame; "
         f"{len(train)} tracks, {len(held_out)} held out; from step {start} of {args.steps}, {world} processes")
@@ -299,6 +309,8 @@ def train_autoencoder(args):
                 distance, ratio = validate_autoencoder(autoencoder, held_out)
                 say(f"step {step + 1} held out: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB -> {out}")
             clock = time.time()
+    if world > 1:
+        dist.destroy_process_group()
 
 
 @torch.no_grad()
@@ -321,11 +333,12 @@ def pack(args):
     if args.autoencoder:
         newest = load(args.autoencoder).autoencoder
         audio = 0.1 * torch.randn(1, 2, 1 << 15)
-        if (newest.encode(audio) - model.autoencoder.encode(audio)).abs().max() > 1e-3:
+        same = newest.hop == model.config.hop and newest.encoder[-1].weight.shape == model.autoencoder.encoder[-1].weight.shape
+        if not same or not (newest.encode(audio) - model.autoencoder.encode(audio)).abs().max() <= 1e-3:
             raise UserError(f"the encoder of {args.autoencoder} is not the one that {args.ckpt} was trained with")
         model.autoencoder.decoder = newest.decoder
     model.sampling = dict(steps=args.steps, cfg=args.cfg, sampler=args.sampler, prompt=args.prompt)
-    saved = torch.load(args.ckpt, weights_only=True, mmap=True)
+    saved = read_checkpoint(args.ckpt)
     save(model, args.out, saved["step"], saved["made"], torch.float16)
     print(f"-> {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB", file=sys.stderr)
 
@@ -368,6 +381,7 @@ def main():
     s.set_defaults(run=pack)
     args = p.parse_args()
     torch.set_flush_denormal(True)
+    keep_memory()
     if "threads" in args:
         torch.set_num_threads(args.threads)
     args.run(args)

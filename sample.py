@@ -1,7 +1,7 @@
 """Play: one block after another, for as long as you like.
 
     python sample.py --seconds 600 > out.wav
-    python sample.py --seconds inf --prompt "fast arpeggios in D minor on piano" | ffplay -nodisp -
+    python sample.py --seconds inf --prompt "fast arpeggios in A minor on marimba" | ffplay -nodisp -
 
 `denoise_block` makes a block and `Context` remembers the finished ones (the KV cache); training rolls out with the same
 two. `decode_stream` turns blocks into audio without seams. See "How it works" in the README.
@@ -16,8 +16,9 @@ import struct
 import sys
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 import soundfile
 import torch
@@ -184,9 +185,10 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
     cfg, device, rng = settings["cfg"], cond.tokens.device, torch.Generator().manual_seed(seed)
     levels = schedule(settings["steps"])[:-1].to(device)
     shape = len(cond.tokens), c.latent_channels, c.block
-    draw = lambda: torch.randn(shape, generator=rng).to(device)
+    dtype = model.dit.project_in.weight.dtype
+    draw = lambda: torch.randn(shape, generator=rng).to(device, dtype)
     prime = torch.zeros(*shape[:2], 0) if prime is None else prime[..., prime.shape[-1] % c.block:]
-    context = Context(model, model.dit.memory(with_null(cond, cfg)), prime.to(device), use_cache)
+    context = Context(model, model.dit.memory(with_null(cond, cfg)), prime.to(device, dtype), use_cache)
     predict = context.predict if cfg == 1 else lambda x, t: guided(context.predict(x, t), cfg)
     for _ in itertools.count() if blocks is None else range(blocks):
         x = denoise_block(predict, draw(), levels, settings["sampler"], c.objective, draw)
@@ -210,7 +212,7 @@ def clip(model, cond, frames, *, steps=None, sampler=None, cfg=None, seed=0):
 
 
 class StreamingDecoder:
-    """The autoencoder's decoder fed piece by piece: each layer keeps the end of its input, so nothing is computed twice.
+    """The autoencoder's decoder fed piece by piece: each layer keeps the end of its input, so no block is decoded twice.
 
     A convolution that looks ahead gives its output that much later; what its padding is to a whole, zeros at the start
     and the end are to a stream. So all pieces together equal decoding everything at once."""
@@ -235,7 +237,7 @@ class StreamingDecoder:
         zeros = x.new_zeros(*x.shape[:2], pad)
         parts = [self.kept.get(layer, zeros), x, *[zeros] * last]
         x = torch.cat([p[:, :, None] for p in parts], dim=-1)[:, :, 0]      # with this axis channels stay last in memory
-        self.kept[layer] = x[..., max(0, x.shape[-1] - 2 * pad):]
+        self.kept[layer] = x[..., max(0, x.shape[-1] - 2 * pad):].clone()
         return x
 
     def unpadded(self, conv, x):
@@ -258,7 +260,7 @@ class StreamingDecoder:
         x = torch.cat([self.kept[conv], x], dim=-1) if started else x
         if not x.shape[-1]:
             return x.new_zeros(len(x), conv.out_channels, 0)
-        self.kept[conv] = x[..., -1:]
+        self.kept[conv] = x[..., -1:].clone()
         y = F.conv_transpose2d(channels_last(x)[:, :, None], conv.weight[:, :, None], conv.bias, (1, stride))[:, :, 0]
         return y[..., stride if started else pad:y.shape[-1] - (pad if last else stride)]
 
@@ -277,14 +279,26 @@ def decode_stream(autoencoder, latent_blocks):
         yield decoder(block[..., :0], last=True)
 
 
-def ahead(items):
+def prefetch(items):
     """The same items, each made in another thread while the caller is busy with the one before."""
-    items, end = iter(items), object()
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, items, end)
-            yield item
+    items, end, wanted, made = iter(items), object(), SimpleQueue(), SimpleQueue()
+
+    def work():
+        while wanted.get():
+            try:
+                made.put((next(items, end), None))
+            except BaseException as error:                  # told to the caller, in whose thread it belongs
+                made.put((end, error))
+    Thread(target=work, daemon=True).start()                # daemon: who stops early does not wait for an item
+    wanted.put(True)
+    try:
+        while (got := made.get())[0] is not end:
+            wanted.put(True)
+            yield got[0]
+        if got[1] is not None:
+            raise got[1]
+    finally:
+        wanted.put(False)
 
 
 # ------------------------------------------------------------------------------------------------ output
@@ -344,7 +358,6 @@ def keep_memory():
 
 def run(main):
     """Run a script's main(): a UserError is one line and status 2, a closed pipe is no error, Ctrl-C is 130."""
-    keep_memory()
     try:
         main()
         sys.stdout.flush()
@@ -401,7 +414,7 @@ def parse(argv=None):
 
 
 def device_of(name):
-    """torch.device of "cpu", "cuda", "mps" ... Raises UserError where there is none on this machine."""
+    """torch.device of "cpu", "cuda", "cuda:1". Raises UserError where there is none on this machine."""
     try:
         torch.empty(0, device=name)
         return torch.device(name)
@@ -428,6 +441,8 @@ def audio_of(model, args, samples):
     settings = sampling_settings(model, args.steps, args.sampler, args.cfg)
     plan = f"{settings['steps']} {settings['sampler']} steps, guidance {settings['cfg']:g}"
     options = dict(**settings, seed=args.seed)
+    if model.stage == "autoencoder":
+        raise UserError("this checkpoint holds only an autoencoder yet: finetune.py --init trains the rest")
     if model.stage == "base":
         longest = c.clip * c.hop / c.sample_rate
         if args.seconds > longest:
@@ -444,9 +459,8 @@ def audio_of(model, args, samples):
     # whole blocks, and the decoder's reach beyond the end: so a shorter stream is exactly the start of a longer one
     blocks = None if samples is None else math.ceil((samples / c.hop + c.decoder_margin) / c.block)
     latents = stream(model, cond, blocks=blocks, prime=prime, use_cache=not args.no_cache, **options)
-    if args.device == "cpu" and torch.get_num_threads() > 1:    # half of the cores make blocks, half turn them into sound
-        torch.set_num_threads(torch.get_num_threads() // 2)
-        latents = ahead(latents)
+    if args.device == "cpu":
+        latents = prefetch(latents)
     if prime is None:
         pieces = decode_stream(model.autoencoder, latents)
     else:                                                   # decode over the join, then drop what is the recording's
@@ -466,14 +480,15 @@ def main():
     started = time.time()
     args = parse()
     torch.set_flush_denormal(True)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    path, device = args.ckpt or default_checkpoint(), device_of(args.device)
+    keep_memory()
+    path, device, threads = args.ckpt or default_checkpoint(), device_of(args.device), args.threads or torch.get_num_threads()
+    if device.type == "cpu":                                # half of the cores make blocks, half turn them into sound
+        torch.set_num_threads((threads + 1) // 2)
     model = load(path).to(device)
     c, samples = model.config, None if math.isinf(args.seconds) else round(args.seconds * model.config.sample_rate)
     say = lambda text: print(text, file=sys.stderr)
     say(f"{path}: {model.stage}, {'block-causal' if c.causal else 'encoder-decoder'}, DiT "
-        f"{sum(p.numel() for p in model.dit.parameters()) / 1e6:.1f} M, {args.device}, {torch.get_num_threads()} threads")
+        f"{sum(p.numel() for p in model.dit.parameters()) / 1e6:.1f} M, {args.device}, {threads} threads")
     pieces, plan = audio_of(model, args, samples)
     say(plan)
     writer = open_output(args.out, c.sample_rate, c.audio_channels, samples)

@@ -261,17 +261,28 @@ def test_pack_takes_a_newer_decoder(tmp_path, monkeypatch, capsys):
     assert torch.allclose(packed.dit.project_in.weight, model.dit.project_in.weight, atol=1e-3)
 
 
-def test_ahead():
+def test_prefetch():
     """The same items, made in another thread; its exceptions arrive too."""
     def items():
         yield threading.get_ident()
         yield 1
         raise UserError("no more")
-    made = sample.ahead(items())
+    made = sample.prefetch(items())
     assert next(made) != threading.get_ident() and next(made) == 1
     with pytest.raises(UserError, match="no more"):
         next(made)
-    assert list(sample.ahead(range(100))) == list(range(100))
+    assert list(sample.prefetch(range(100))) == list(range(100))
+
+    asked, go = threading.Event(), threading.Event()
+    def slow():
+        yield 0
+        asked.set()
+        go.wait(20)
+        yield 1
+    made = sample.prefetch(slow())
+    assert next(made) == 0 and asked.wait(20)               # the next one is begun before it is asked for
+    made.close()                                            # ... and not waited for
+    go.set()
 
 
 @pytest.mark.parametrize("side", ["decoder", "encoder"])
@@ -495,7 +506,7 @@ def test_accumulation_checkpointing_and_processes_change_nothing(tiny_file, musi
 def readme_commands():
     """Every line of the README's shell blocks that runs one of our scripts; what it is piped into is not ours."""
     blocks = re.findall(r"^```sh\n(.*?)^```", (HERE / "README.md").read_text(), re.S | re.M)
-    lines = [part.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() for part in line.split("&&")]
+    lines = [re.sub(r"^OMP_NUM_THREADS=\d+ ", "", part.strip()) for block in blocks for line in block.replace("\\\n", " ").splitlines() for part in line.split("&&")]
     return [re.sub(r"\s*[|>].*", "", line) for line in lines if re.match(r"(python|torchrun \S+) \w+\.py", line)]
 
 
@@ -509,7 +520,7 @@ def test_readme_commands(tmp_path, music):
     shutil.copytree(GOLDEN / "sao_small_tiny", tmp_path / "path/to/stable-audio-open-small")
     shutil.copy(music / "tone 0.wav", tmp_path / "my_song.ogg")
     smaller = [(r"--seconds \S+", "--seconds 0.2"), (r"--(steps|batch|rollout) \d+", r"--\1 2"), (r"--accumulate \d+", ""),
-               (r"--warmup \d+", "--warmup 1"), (r"--init out/nano_ae.pt", "--init nano.pt"), (r"torchrun", "python -m torch.distributed.run")]
+               (r"--warmup \d+", "--warmup 1"), (r"out/nano_ae.pt", "nano.pt"), (r"torchrun", "python -m torch.distributed.run")]
     more = {"finetune.py": " --sample-every 0 --validation-crops 2 --blocks 1 --threads 1", "arc_forcing.py": " --d-warmup 1 --sample-every 0 --batch 2 --steps 2 --most 2",
             "sample.py": " --out played.wav", "measure.py": " --seeds 1 --seconds 10",
             "bench.py": " --repeats 1 --threads 2"}
