@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import data
 from model import UserError
-from sample import decode_stream, default_checkpoint, device_of, keep_memory, load, pcm, run, sampling_settings, stream, whole
+from sample import SAMPLERS, decode_stream, default_checkpoint, device_of, keep_memory, load, pcm, run, sampling_settings, stream, whole
 
 HOP = 512                                                   # samples between frames of the figures below
 
@@ -181,7 +181,7 @@ def main():
     p.add_argument("--excerpts", type=whole, default=40, help="recordings of each side of the split, at most")
     p.add_argument("--steps", type=whole)
     p.add_argument("--cfg", type=float)
-    p.add_argument("--sampler", choices=("euler", "pingpong"))
+    p.add_argument("--sampler", choices=SAMPLERS)
     p.add_argument("--picture", help="PNG with the mel spectrograms of a held-out recording and of a stream")
     p.add_argument("--keep", help="folder to keep the streams in, as FLAC")
     p.add_argument("--out", default="out/drift", help="name of the CSV and PNG of --drift, without suffix")

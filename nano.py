@@ -2,7 +2,7 @@
 
     python nano.py data           # public-domain scores (Bach chorales) -> audio and prompts
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 nano.py autoencoder --threads 1
-    python finetune.py --init out/nano_ae.pt --data data/nano --out out/nano.pt --causal --steps 2000 --batch 2 \
+    python finetune.py --init out/nano_ae.pt --data data/nano --out out/nano.pt --causal --steps 2900 --batch 2 \
         --lr 1e-3 --lr-end 2e-5 --warmup 50
     python nano.py pack --autoencoder out/nano_ae.pt        # float16, with the sampling defaults -> nano.pt
 
@@ -32,7 +32,7 @@ from torch import nn
 from data import audio_files, read_audio, split
 from finetune import average_gradients, micro_rows, start_processes
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta, UserError
-from sample import keep_memory, load, read_checkpoint, run, save
+from sample import SAMPLERS, keep_memory, load, read_checkpoint, run, save
 
 INSTRUMENTS = {"marimba": 12}                               # General MIDI programs
 # latent frames per beat. Every note begins with a frame: then the same note is the same latents whenever it is played,
@@ -376,7 +376,7 @@ def main():
     s.add_argument("--out", default="nano.pt")
     s.add_argument("--steps", type=int, default=8)
     s.add_argument("--cfg", type=float, default=2.0)
-    s.add_argument("--sampler", default="euler")
+    s.add_argument("--sampler", choices=SAMPLERS, default="dpmpp")
     s.add_argument("--prompt", default="moderate arpeggios in C major on marimba")
     s.set_defaults(run=pack)
     args = p.parse_args()

@@ -540,6 +540,17 @@ def test_readme_commands(tmp_path, music):
     assert {"sample.py", "finetune.py", "arc_forcing.py", "stable_audio_port.py", "measure.py", "nano.py", "bench.py"} <= ran
 
 
+def test_walkthrough(monkeypatch):
+    """The notebook's cells, but for those that need a notebook or matplotlib: its claims hold for the shipped model."""
+    monkeypatch.chdir(HERE)
+    cells, names = json.loads((HERE / "walkthrough.ipynb").read_text())["cells"], {}
+    for source in ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"):
+        if "IPython" not in source and "matplotlib" not in source:
+            exec(source.replace("blocks=12", "blocks=3, steps=2").replace("blocks=3, seed", "blocks=3, steps=2, seed"), names)
+    assert (names["audio"] - names["whole"]).abs().max() < 1e-4
+    assert max((a - b).abs().max() for a, b in zip(names["blocks"], names["slow"])) < 1e-4
+
+
 # ------------------------------------------------------------------------------------------------ data: files, prompts, latents
 SMALL_AE = Config(ae_width=4, ae_multipliers=(1, 2, 2), ae_strides=(2, 4, 8), latent_channels=8, text="words",
               text_tokens=4, text_width=16, cond_width=16, width=32, depth=1, heads=1, block=16, context_blocks=2)
