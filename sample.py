@@ -298,7 +298,8 @@ def prefetch(items):
                 made.put((next(items, end), None))
             except BaseException as error:                  # told to the caller, in whose thread it belongs
                 made.put((end, error))
-    Thread(target=work, daemon=True).start()                # daemon: who stops early does not wait for an item
+    thread = Thread(target=work, daemon=True)
+    thread.start()
     wanted.put(True)
     try:
         while (got := made.get())[0] is not end:
@@ -306,8 +307,9 @@ def prefetch(items):
             yield got[0]
         if got[1] is not None:
             raise got[1]
-    finally:
+    finally:                                                # Python must not exit while the thread is inside torch
         wanted.put(False)
+        thread.join()
 
 
 # ------------------------------------------------------------------------------------------------ output
@@ -458,7 +460,7 @@ def audio_of(model, args, samples):
             raise UserError(f"this checkpoint makes one clip of at most {longest:.1f} s; to stream, finetune it first (finetune.py --init)")
         numbers = {name: 0 if name == "seconds_start" else args.seconds for name, _, _ in c.numbers}
         cond, prompt = make_cond(model, args, numbers)
-        return [model.autoencoder.decode(clip(model, cond, c.clip, **options))], f"{prompt!r}: one clip, {plan}"
+        return (model.autoencoder.decode(z) for z in [clip(model, cond, c.clip, **options)]), f"{prompt!r}: one clip, {plan}"
     cond, prompt = make_cond(model, args, c.stream_numbers)
     if args.prime:
         from data import encode_file
@@ -518,6 +520,7 @@ def main():
                 break
     finally:                                                # Ctrl-C too: what was made is kept
         bar.close()
+        pieces.close()
         writer.close()
     seconds, took = written / c.sample_rate, time.time() - started
     say(f"{seconds:.1f} s of music in {took:.1f} s, {seconds / took:.1f}x real time; first audio after {first:.1f} s; "

@@ -295,8 +295,9 @@ def test_prefetch():
         yield 1
     made = sample.prefetch(slow())
     assert next(made) == 0 and asked.wait(20)               # the next one is begun before it is asked for
-    made.close()                                            # ... and not waited for
     go.set()
+    made.close()                                            # ends the thread
+    assert all("work" not in thread.name for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("side", ["decoder", "encoder"])
