@@ -12,7 +12,6 @@ processes, draws the same.
 """
 import argparse
 import contextlib
-import ctypes
 import math
 import sys
 import time
@@ -31,7 +30,7 @@ import data
 from finetune import (Log, average_gradients, condition, encode_texts, micro_rows, missing_context, parse, precision_of, prepare_once,
                       render_sample, start_processes)
 from model import Conditioner, Config, DiT, UserError, add_noise, guided, schedule, shift_time, velocity
-from sample import Context, denoise_block, load, read_checkpoint, run, sampling_settings, save, whole, with_null
+from sample import Context, denoise_block, load, mallopt, read_checkpoint, run, sampling_settings, save, whole, with_null
 
 PHASES = "warm D", "warm G", "D", "G"                       # in this order; the last two, the game, in turns
 CONTRAST = 1.0                                              # lambda: weight of D's loss on wrong prompts
@@ -281,9 +280,7 @@ def next_phase(done, args):
 def return_memory():
     """On the CPU, checkpointing frees activations between what it keeps, and glibc would hold on to all those holes: have every
     tensor over 1 MiB mapped, and so returned, on its own. Half the peak, a little slower."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):   # another C library does as it likes
-        for option, value in ((-4, 2 ** 16), (-3, 2 ** 20)):    # M_MMAP_MAX, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+    mallopt({-4: 2 ** 16, -3: 2 ** 20})                     # M_MMAP_MAX, M_MMAP_THRESHOLD
 
 
 def over_processes(sums, world):

@@ -360,11 +360,16 @@ def pcm(audio):
     return (audio[0].T.float().clamp(-1, 1) * 32767).round().to(torch.int16).cpu().numpy()
 
 
+def mallopt(options):
+    """Set glibc's options for memory, {option: value}; another C library does as it likes."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        for option, value in options.items():
+            ctypes.CDLL(None).mallopt(option, value)
+
+
 def keep_memory():
     """glibc returns large tensors to the kernel when freed, and gets them back page by page, zeroed: have it keep them."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):   # another C library does as it likes
-        for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26), (-8, 1)):     # M_MMAP_MAX, M_TRIM_THRESHOLD,
-            ctypes.CDLL(None).mallopt(option, value)                                    # M_TOP_PAD, M_ARENA_MAX
+    mallopt({-4: 0, -1: 2 ** 31 - 1, -2: 2 ** 26, -8: 1})   # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
 
 
 def run(main):
