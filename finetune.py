@@ -54,7 +54,7 @@ def missing_context(rng, count, config):
     return np.where(kind < 0.2, c, np.where(kind < 0.5, some, 0))
 
 
-def draw_batch(tracks, config, batch, blocks, rows, seed, step):
+def draw_batch(tracks, config, batch, blocks, rows, seed, step, shift=0.0):
     """Rows (a slice) of the batch of `step`: latents, prompts, noise, levels, weights of blocks, who keeps the prompt.
 
     latents (B, C, (context_blocks + blocks) * block), the last `blocks` to be learned, noise of those, t (B, blocks)."""
@@ -67,7 +67,7 @@ def draw_batch(tracks, config, batch, blocks, rows, seed, step):
     latents, prompts, absent = data.crops_at(tracks, c.context_blocks + blocks, c.block, positions[rows])
     for item, gone in zip(latents, missing[rows]):
         item[:, :gone * c.block] = 0
-    return latents, prompts, noise[rows], shift_time(t, c.window)[rows], block_weights(absent, c, blocks), torch.from_numpy(kept[rows])
+    return latents, prompts, noise[rows], shift_time(t, c.window, shift)[rows], block_weights(absent, c, blocks), torch.from_numpy(kept[rows])
 
 
 def block_weights(absent, config, blocks):
@@ -216,6 +216,7 @@ def parser():
     p.add_argument("--steps", type=whole, default=10000)
     p.add_argument("--batch", type=whole, default=16, help="crops per step, over all processes and accumulations")
     p.add_argument("--accumulate", type=whole, default=1, help="backward passes per step")
+    p.add_argument("--shift", type=float, default=0.0, help="how far to shift levels towards noise beyond the public models' shift")
     p.add_argument("--lr", type=float, default=5e-5)
     p.add_argument("--lr-end", type=float, help="cosine to this at the last step (default: constant)")
     p.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
@@ -317,7 +318,7 @@ def main():
         while step < args.steps:
             total = 0.0
             for part in rows:
-                latents, prompts, noise, t, weights, kept = draw_batch(dataset.train, c, args.batch, args.blocks, part, args.seed, step)
+                latents, prompts, noise, t, weights, kept = draw_batch(dataset.train, c, args.batch, args.blocks, part, args.seed, step, args.shift)
                 with precision():
                     memory = model.dit.memory(condition(model, texts, prompts, device, kept))
                     losses = block_losses(model, memory, latents.to(device), noise.to(device), t.to(device), args.remat)

@@ -177,9 +177,9 @@ def schedule(steps):
     return t
 
 
-def shift_time(t, frames):
+def shift_time(t, frames, more=0.0):
     """The public models' shift of training levels towards noise for longer clips. t in [0, 1], frames of the window."""
-    mu = -(0.5 + 0.65 * (min(max(frames, 256), 4096) - 256) / 3840)
+    mu = -(0.5 + 0.65 * (min(max(frames, 256), 4096) - 256) / 3840) - more
     return t / (t + math.exp(mu) * (1 - t))                 # = 1 - e^mu / (e^mu + t / (1 - t))
 
 
@@ -374,19 +374,27 @@ def visible(q_block, q_noisy, k_block, k_noisy, context_blocks, causal):
     return own | ~k_noisy.expand_as(own)
 
 
+class Plan(NamedTuple):
+    """Tokens come in pieces, a block or a timestep token, whose tokens see and are seen alike.
+
+    queries, keys: sizes of the pieces; groups: [(pieces of queries, pieces of keys)] that attend together."""
+    queries: list
+    keys: list
+    groups: list
+
+
 @lru_cache(maxsize=64)
-def pass_mask(past, clean, noisy, block, context_blocks, causal, device):
-    """`visible` for one pass over [past keys | clean blocks | noisy blocks | a timestep token each]: (N, past + N).
+def attention_plan(past, clean, noisy, block, context_blocks, causal):
+    """`visible` for one pass over [past keys | clean blocks | noisy blocks | a timestep token each], as a Plan.
 
     past, clean, noisy: tuples of block indices. None when everything is seen."""
-    def tokens(blocks, noisy, length):
-        index = torch.tensor(blocks, dtype=torch.long).repeat_interleave(length)
-        return index, torch.full_like(index, noisy, dtype=torch.bool)
-    parts = [tokens(past, False, block), tokens(clean, False, block), tokens(noisy, True, block), tokens(noisy, True, 1)]
-    k_block, k_noisy = (torch.cat(p) for p in zip(*parts))
-    new = len(past) * block
-    mask = visible(k_block[new:], k_noisy[new:], k_block, k_noisy, context_blocks, causal)
-    return None if mask.all() else mask.to(device)
+    index, first_noisy = torch.tensor([*past, *clean, *noisy, *noisy]), len(past) + len(clean)
+    sizes, is_noisy, new = [block] * (first_noisy + len(noisy)) + [1] * len(noisy), torch.arange(len(index)) >= first_noisy, len(past)
+    mask = visible(index[new:], is_noisy[new:], index, is_noisy, context_blocks, causal)
+    groups = {}
+    for piece, row in enumerate(mask.tolist()):
+        groups.setdefault(tuple(i for i, seen in enumerate(row) if seen), []).append(piece)
+    return None if mask.all() else Plan(sizes[new:], sizes, [(queries, keys) for keys, queries in groups.items()])
 
 
 # ------------------------------------------------------------------------------------------------ transformer
@@ -408,11 +416,21 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = norm(), norm()
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def attend(self, q, k, v, mask=None):                   # fewer key than query heads: each serves consecutive ones
-        y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, mask, enable_gqa=q.shape[1] != k.shape[1])
+    def attend(self, q, k, v, plan=None):
+        """What a mask would give, without multiplying what is not seen. q, k, v (B, H, N, d) -> (B, H, N, d)."""
+        if plan is None:                                    # fewer key than query heads: each serves consecutive ones
+            return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, enable_gqa=q.shape[1] != k.shape[1])
+        q, k, v, y = q.split(plan.queries, dim=2), k.split(plan.keys, dim=2), v.split(plan.keys, dim=2), {}
+        join = lambda pieces, chosen: torch.cat([pieces[i] for i in chosen], dim=2)
+        for queries, keys in plan.groups:
+            made = self.attend(join(q, queries), join(k, keys), join(v, keys))
+            y |= zip(queries, made.split([plan.queries[i] for i in queries], dim=2))
+        return join(y, range(len(q)))
+
+    def merge_heads(self, y):                               # (B, H, N, d) -> (B, N, D)
         return self.out(y.transpose(1, 2).flatten(-2))
 
-    def forward(self, x, rope, mask, past):
+    def forward(self, x, rope, plan, past):
         """Self-attention over past and new tokens. past: (k, v) already rotated, or None.
 
         Returns the output (B, N, D) and the new tokens' own (k, v), each (B, H, N, d), for the caller's cache."""
@@ -421,7 +439,7 @@ class Attention(nn.Module):
         new = k, v
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        return self.attend(q, k, v, mask), new
+        return self.merge_heads(self.attend(q, k, v, plan)), new
 
     def tokens(self, tokens):
         """Conditioning tokens (B, L, ·) -> this layer's cross-attention (k, v). They depend on the prompt alone."""
@@ -429,7 +447,7 @@ class Attention(nn.Module):
         return self.k_norm(k), v
 
     def cross(self, x, kv):
-        return self.attend(self.q_norm(split_heads(self.q(x), self.head_width)), *kv)
+        return self.merge_heads(self.attend(self.q_norm(split_heads(self.q(x), self.head_width)), *kv))
 
 
 class FeedForward(nn.Module):
@@ -450,8 +468,8 @@ class Layer(nn.Module):
         self.cross_norm, self.cross_attention = norm(), Attention(config, config.token_width)
         self.ff_norm, self.ff = norm(), FeedForward(config.width)
 
-    def forward(self, x, rope, cross_kv, mask, past):       # x (B, N, D)
-        y, new = self.self_attention(self.self_norm(x), rope, mask, past)
+    def forward(self, x, rope, cross_kv, plan, past):       # x (B, N, D)
+        y, new = self.self_attention(self.self_norm(x), rope, plan, past)
         x = x + y
         x = x + self.cross_attention.cross(self.cross_norm(x), cross_kv)
         return x + self.ff(self.ff_norm(x)), new
@@ -511,13 +529,13 @@ class DiT(nn.Module):
         v = self.project_out(h).transpose(1, 2)
         return v + self.conv_out(v)
 
-    def transform(self, h, positions, memory, mask=None, past=None, layers=None, remat=False):
+    def transform(self, h, positions, memory, plan=None, past=None, layers=None, remat=False):
         """Run the layers (or the first `layers`). Returns h (B, N, D) and each layer's new (k, v).
 
         remat: recompute activations in the backward pass instead of keeping them (activation checkpointing)."""
         rope, new = rotary(positions, self.inv_freq), []
         for i, layer in enumerate(self.layers[:layers]):
-            args = h, rope, memory.cross[i], mask, None if past is None else past[i]
+            args = h, rope, memory.cross[i], plan, None if past is None else past[i]
             h, kv = checkpoint(layer, *args, use_reentrant=False) if remat else layer(*args)
             new.append(kv)
         return h, new
@@ -542,10 +560,10 @@ class DiT(nn.Module):
             # the timestep token rides one before the first frame of its block's window, as in the public model
             positions += [frames(noisy_index), (torch.tensor(noisy_index, device=device) - c.context_blocks) * block - 1]
         h = torch.cat([p.to(parts[0].dtype) for p in parts], dim=1)
-        first = min((*past_index, *clean_index, *noisy_index))      # only differences matter to the mask: fewer to cache
+        first = min((*past_index, *clean_index, *noisy_index))      # only differences matter to who sees whom: fewer to cache
         past_, clean_, noisy_ = (tuple(i - first for i in index) for index in (past_index, clean_index, noisy_index))
-        mask = pass_mask(past_, clean_, noisy_, block, c.context_blocks, c.causal, device)
-        h, new = self.transform(h, torch.cat(positions), memory, mask, past, remat=remat)
+        plan = attention_plan(past_, clean_, noisy_, block, c.context_blocks, c.causal)
+        h, new = self.transform(h, torch.cat(positions), memory, plan, past, remat=remat)
         n_clean, n_noisy = len(clean_index) * block, len(noisy_index) * block
         v = self.unembed(h[:, n_clean:n_clean + n_noisy]) if noisy_index else None
         return v, [(k[:, :, :n_clean], v_[:, :, :n_clean]) for k, v_ in new]
