@@ -46,10 +46,8 @@ def synchronize(device):
 
 def to_precision(model, dtype):
     """Weights in dtype; buffers, the rotary frequencies, as they are: angles stay exact."""
-    kept = [(module, name, tensor) for module in model.modules() for name, tensor in [*module.named_buffers(recurse=False)]]
-    model.to(dtype)
-    for module, name, tensor in kept:
-        setattr(module, name, tensor.to(next(model.parameters()).device))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -104,7 +102,7 @@ def row(preset, causal, steps, args, device, dtype):
     cond = model.conditioner(text, **{k: torch.tensor([float(v)], device=device).to(dtype) for k, v in c.stream_numbers.items()})
     latents = torch.randn(1, c.latent_channels, c.context, device=device).to(dtype)
     block, levels = latents[..., :c.block], schedule(steps)[:-1].to(device, dtype)
-    n, memory, decoder = c.context_blocks, model.dit.memory(cond), StreamingDecoder(model.autoencoder)
+    window, memory, decoder = tuple(range(c.context_blocks)), model.dit.memory(cond), StreamingDecoder(model.autoencoder)
     context = Context(model, memory, latents)
 
     def denoise():
@@ -115,7 +113,7 @@ def row(preset, causal, steps, args, device, dtype):
         "step": lambda: cached.predict(block, levels[0]),
         "block": denoise,
         "floor": block_floor(model, cond, Context(model, memory, latents), steps),
-        "outpaint": lambda: [model.dit.blocks(memory, block, t[None, None], (n,), latents, tuple(range(n))) for t in levels],
+        "outpaint": lambda: [model.dit.blocks(memory, block, t[None, None], (len(window),), latents, window) for t in levels],
         "decode": lambda: decoder(block),
         "decode floor": decode_floor(model.autoencoder, block),
         "whole": lambda: model.autoencoder.decode(block.repeat(1, 1, 8)),

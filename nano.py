@@ -2,9 +2,11 @@
 
     python nano.py data           # public-domain scores (Bach chorales) -> audio and prompts
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 nano.py autoencoder --threads 1
-    python finetune.py --init out/nano_ae.pt --data data/nano --out out/nano.pt --causal --steps 2900 --batch 2 \
-        --lr 1e-3 --lr-end 2e-5 --warmup 50
-    python nano.py pack --autoencoder out/nano_ae.pt        # float16, with the sampling defaults -> nano.pt
+    python finetune.py --init out/nano_ae.pt --data data/nano --out out/nano.pt --causal --steps 4800 --batch 2 \
+        --lr 1e-3 --lr-end 2e-5 --warmup 50 --shift 1.5
+    python arc_forcing.py --init out/nano.pt --rollout 4 --most 4 --steps 400 --batch 4 --lr 2e-5 --d-lr 4e-5 \
+        --d-warmup 150 --warmup-lr 2e-4
+    python nano.py pack --arc out/arc.pt --autoencoder out/nano_ae.pt   # float16, with the sampling defaults -> nano.pt
 
 `data` needs fluidsynth with its General MIDI soundfont (Debian: fluidsynth fluid-soundfont-gm) and `pip install music21`.
 """
@@ -28,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torchaudio.functional import melscale_fbanks
 
 from data import audio_files, read_audio, split
 from finetune import average_gradients, micro_rows, start_processes
@@ -156,13 +159,19 @@ def magnitudes(audio, size):                                # (B, channels, n) -
     return torch.stft(audio.flatten(0, 1), size, size // 4, window=torch.hann_window(size), return_complex=True).abs()
 
 
+def mel(magnitude):                                         # (B, size / 2 + 1, frames) -> (B, size / 32, frames)
+    bins = magnitude.shape[1]
+    return melscale_fbanks(bins, 30, RATE / 2, (bins - 1) // 16, RATE).T @ magnitude
+
+
 def reconstruction_loss(made, real):
-    """Log and linear magnitudes at four resolutions, on left, right, mid and side, and the waveform, which keeps phases."""
+    """Log, log-mel and linear magnitudes at four resolutions, on left, right, mid and side, and the waveform, which keeps phases."""
     loss = (made - real).square().mean().sqrt() / real.square().mean().sqrt().clamp(min=1e-3)
     made4, real4 = mid_side(made), mid_side(real)
     for size in (4096, 2048, 1024, 256):
         a, b = magnitudes(made4, size), magnitudes(real4, size)
         loss = loss + (a.clamp(min=1e-5).log() - b.clamp(min=1e-5).log()).abs().mean() / 4
+        loss = loss + (mel(a).clamp(min=1e-3).log() - mel(b).clamp(min=1e-3).log()).abs().mean() / 4
         loss = loss + (a - b).abs().mean() / b.mean().clamp(min=1e-3) / 4
     return loss
 
@@ -286,12 +295,13 @@ def train_autoencoder(args):
         tracks = [train[i] for i in rng.choice(len(train), args.batch, p=weights)]
         starts = [rng.integers(len(t) - args.crop) for t in tracks]
         audio = torch.stack([to_audio(t[at:at + args.crop]) for t, at in list(zip(tracks, starts))[rows]])
-        noise = torch.from_numpy(rng.standard_normal((args.batch, config.latent_channels, args.crop // config.hop), np.float32))
+        noise = rng.standard_normal((args.batch, config.latent_channels, args.crop // config.hop), np.float32)
+        noise = torch.from_numpy(noise * rng.uniform(0, args.noise, (args.batch, 1, 1)).astype(np.float32))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         with torch.no_grad():
-            mean, std = autoencoder.posterior(audio)
-        loss = reconstruction_loss(autoencoder.decode(mean + std * noise[rows]), audio)
+            mean = autoencoder.encode(audio)
+        loss = reconstruction_loss(autoencoder.decode(mean + noise[rows]), audio)
         loss.backward()
         average_gradients(list(decoder.parameters()), world)
         norm = nn.utils.clip_grad_norm_(decoder.parameters(), args.clip)
@@ -327,9 +337,19 @@ def evaluate_autoencoder(args):
     print(f"{args.ckpt} on {len(tracks)} held-out tracks of {args.data}: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB")
 
 
+@torch.no_grad()
+def blend(model, forced, share):
+    """Move a model's weights a share of the way to those that training it further has led to (as WiSE-FT, arXiv 2109.01903)."""
+    for part in ("dit", "conditioner"):
+        for mine, theirs in zip(getattr(model, part).parameters(), getattr(forced, part).parameters(), strict=True):
+            mine.lerp_(theirs, share)
+
+
 def pack(args):
     """Half the size, the newest decoder, and what `sample.py` should do when nothing is said -> `nano.pt`."""
     model = load(args.ckpt)
+    if args.arc:
+        blend(model, load(args.arc), args.share)
     if args.autoencoder:
         newest = load(args.autoencoder).autoencoder
         audio = 0.1 * torch.randn(1, 2, 1 << 15)
@@ -356,11 +376,12 @@ def main():
     s = stages.add_parser("autoencoder", help="train the autoencoder; run again to go on where it stopped")
     s.add_argument("--data", default="data/nano")
     s.add_argument("--out", default="out/nano_ae.pt")
-    s.add_argument("--steps", type=int, default=2000)
+    s.add_argument("--steps", type=int, default=8000)
     s.add_argument("--batch", type=int, default=4)
     s.add_argument("--crop", type=int, default=16384, help="samples")
     s.add_argument("--lr", type=float, default=1e-3)
     s.add_argument("--clip", type=float, default=1.0, help="gradient norm")
+    s.add_argument("--noise", type=float, default=0.25, help="most noise on latents: the DiT's are never quite clean")
     s.add_argument("--every", type=int, default=250, help="steps between validation and checkpoint")
     s.add_argument("--seed", type=int, default=0)
     s.add_argument("--threads", type=int, default=2)
@@ -373,9 +394,11 @@ def main():
     s = stages.add_parser("pack", help="make nano.pt")
     s.add_argument("--ckpt", default="out/nano.pt")
     s.add_argument("--autoencoder", help="checkpoint to take the decoder from, where it was trained on after the DiT")
+    s.add_argument("--arc", help="ARC-forced checkpoint that --ckpt was trained to, to go part of the way to")
+    s.add_argument("--share", type=float, default=0.2, help="of that way")
     s.add_argument("--out", default="nano.pt")
-    s.add_argument("--steps", type=int, default=8)
-    s.add_argument("--cfg", type=float, default=2.0)
+    s.add_argument("--steps", type=int, default=5)
+    s.add_argument("--cfg", type=float, default=1.0)
     s.add_argument("--sampler", choices=SAMPLERS, default="dpmpp")
     s.add_argument("--prompt", default="moderate arpeggios in C major on marimba")
     s.set_defaults(run=pack)

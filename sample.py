@@ -508,7 +508,7 @@ def main():
     pieces, plan = audio_of(model, args, samples)
     say(plan)
     writer = open_output(args.out, c.sample_rate, c.audio_channels, samples)
-    first = clipped = written = 0
+    first = begun = clipped = written = 0                   # begun: samples in the first piece, out after `first` seconds
     bar = tqdm(total=samples and samples / c.sample_rate, unit="s", unit_scale=True, file=sys.stderr, disable=None,
                bar_format="{l_bar}{bar}| {n:.0f} s, {rate_fmt}")
     try:
@@ -517,7 +517,7 @@ def main():
             if not audio.shape[-1]:
                 continue
             writer.write(pcm(audio))
-            first = first or time.time() - started
+            first, begun = (first, begun) if first else (time.time() - started, audio.shape[-1])
             clipped += (audio.abs() > 1).sum().item()
             written += audio.shape[-1]
             bar.update(audio.shape[-1] / c.sample_rate)
@@ -528,7 +528,8 @@ def main():
         pieces.close()
         writer.close()
     seconds, took = written / c.sample_rate, time.time() - started
-    say(f"{seconds:.1f} s of music in {took:.1f} s, {seconds / took:.1f}x real time; first audio after {first:.1f} s; "
+    after = (written - begun) / c.sample_rate / max(1e-9, took - first)
+    say(f"{seconds:.1f} s of music in {took:.1f} s, {seconds / took:.1f}x real time; first audio after {first:.1f} s, then {after:.1f}x; "
         f"{100 * clipped / max(1, written * c.audio_channels):.3f} % of samples clipped -> {args.out or 'standard output'}")
 
 

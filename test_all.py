@@ -128,6 +128,7 @@ def test_schedule_and_shift():
     assert levels[4] == pytest.approx(1 / (1 + math.exp(-2)), abs=1e-6)     # l = -2 half way
     t, mu = 0.3, -(0.5 + 0.65 * (1000 - 256) / 3840)
     assert shift_time(torch.tensor(t), 1000).item() == pytest.approx(1 - math.exp(mu) / (math.exp(mu) + t / (1 - t)), abs=1e-6)
+    assert shift_time(torch.tensor(t), 1000, 1.5).item() == pytest.approx(t / (t + math.exp(mu - 1.5) * (1 - t)), abs=1e-6)
     assert shift_time(torch.tensor(1.0), 240) == 1 and shift_time(torch.tensor(0.0), 240) == 0
 
 
@@ -266,10 +267,10 @@ def test_autoencoder_starts_as_a_codec():
 
 def test_pack_takes_a_newer_decoder(tmp_path, call):
     """... of the same encoder: with another the latents would mean something else."""
-    model, newer, other = tiny(), tiny(), tiny()
+    model, newer, other, forced = tiny(), tiny(), tiny(), tiny(seed=1)
     newer.autoencoder.decoder[0].weight += 1
     other.autoencoder.encoder[0].weight += 1
-    for name in ("model", "newer", "other"):
+    for name in ("model", "newer", "other", "forced"):
         sample.save(locals()[name], tmp_path / f"{name}.pt")
     pack = lambda name: call(nano.main, "pack", "--ckpt", tmp_path / "model.pt", "--autoencoder",
                              tmp_path / f"{name}.pt", "--out", tmp_path / "packed.pt", "--steps", 4, "--cfg", 1.5)
@@ -280,6 +281,9 @@ def test_pack_takes_a_newer_decoder(tmp_path, call):
     assert packed.sampling["steps"] == 4 and packed.sampling["cfg"] == 1.5
     assert torch.allclose(packed.autoencoder.decoder[0].weight, newer.autoencoder.decoder[0].weight, atol=1e-3)
     assert torch.allclose(packed.dit.project_in.weight, model.dit.project_in.weight, atol=1e-3)
+    assert call(nano.main, "pack", "--ckpt", "model.pt", "--arc", "forced.pt", "--share", 0.25, "--out", "packed.pt")[0] == 0
+    mixed = 0.75 * model.dit.project_in.weight + 0.25 * forced.dit.project_in.weight
+    assert torch.allclose(sample.load(tmp_path / "packed.pt").dit.project_in.weight, mixed, atol=1e-3)
 
 
 def test_prefetch():
@@ -550,7 +554,7 @@ def test_readme_commands(tmp_path, music, call, monkeypatch):
     shutil.copytree(GOLDEN / "sao_small_tiny", tmp_path / "path/to/stable-audio-open-small")
     shutil.copy(music / "tone 0.wav", tmp_path / "my_song.ogg")
     smaller = [(r"--seconds \S+", "--seconds 0.2"), (r"--(steps|batch|rollout) \d+", r"--\1 2"), (r"--accumulate \d+", ""),
-               (r"--warmup \d+", "--warmup 1"), (r"out/nano_ae.pt", "nano.pt")]
+               (r"--(d-)?warmup \d+", r"--\1warmup 1"), (r"out/nano_ae.pt", "nano.pt")]
     more = {"finetune": " --sample-every 0 --validation-crops 2 --blocks 1 --threads 1", "arc_forcing": " --d-warmup 1 --sample-every 0 --batch 2 --steps 2 --most 2",
             "sample": " --out played.wav", "measure": " --seeds 1 --seconds 3",
             "bench": " --repeats 1 --threads 2"}
