@@ -481,6 +481,18 @@ def test_context_dropout_shares():
     assert set(gone) == {0, 4} and abs((gone == 4).mean() - 0.5) < 0.01
 
 
+def test_batches_are_drawn_by_step(tmp_path):
+    """The same step draws the same, rows of it or all; another step other music, noise and levels; --shift raises the levels."""
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).standard_normal((500, 8)).astype(np.float16))
+    tracks = [data.Track("a", "slow", tmp_path / "a.npy", 0, 500)]
+    draw = lambda rows=slice(0, 4), step=3, shift=0.0: finetune.draw_batch(tracks, TINY, 4, 2, rows, 0, step, shift)
+    whole, again, part, other, shifted = draw(), draw(), draw(slice(2, 4)), draw(step=4), draw(shift=1.5)
+    for i in (0, 2, 3):                                     # latents, noise, levels
+        assert torch.equal(whole[i], again[i]) and torch.equal(whole[i][2:], part[i]) and not torch.equal(whole[i], other[i])
+    t = whole[3].double()
+    assert torch.allclose(shifted[3].double(), t / (t + math.exp(-1.5) * (1 - t)), atol=1e-5)
+
+
 TRAIN = ["--steps", 4, "--batch", 4, "--blocks", 2, "--every", 1, "--validation-crops", 4, "--sample-every", 0,
          "--precision", "float32", "--lr", "1e-3", "--threads", 1]
 
