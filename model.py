@@ -178,7 +178,7 @@ def schedule(steps):
 
 
 def shift_time(t, frames, more=0.0):
-    """The public models' shift of training levels towards noise for longer clips. t in [0, 1], frames of the window."""
+    """The public models' shift of training levels towards noise for longer clips, and `more` on top. t in [0, 1], frames of the window."""
     mu = -(0.5 + 0.65 * (min(max(frames, 256), 4096) - 256) / 3840) - more
     return t / (t + math.exp(mu) * (1 - t))                 # = 1 - e^mu / (e^mu + t / (1 - t))
 

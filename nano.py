@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import lru_cache
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -159,9 +160,13 @@ def magnitudes(audio, size):                                # (B, channels, n) -
     return torch.stft(audio.flatten(0, 1), size, size // 4, window=torch.hann_window(size), return_complex=True).abs()
 
 
+@lru_cache
+def mel_bands(bins):                                        # (bins / 16, bins)
+    return melscale_fbanks(bins, 30, RATE / 2, (bins - 1) // 16, RATE).T
+
+
 def mel(magnitude):                                         # (B, size / 2 + 1, frames) -> (B, size / 32, frames)
-    bins = magnitude.shape[1]
-    return melscale_fbanks(bins, 30, RATE / 2, (bins - 1) // 16, RATE).T @ magnitude
+    return mel_bands(magnitude.shape[1]) @ magnitude
 
 
 def reconstruction_loss(made, real):

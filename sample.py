@@ -517,7 +517,8 @@ def main():
             if not audio.shape[-1]:
                 continue
             writer.write(pcm(audio))
-            first, begun = (first, begun) if first else (time.time() - started, audio.shape[-1])
+            if not written:
+                first, begun = time.time() - started, audio.shape[-1]
             clipped += (audio.abs() > 1).sum().item()
             written += audio.shape[-1]
             bar.update(audio.shape[-1] / c.sample_rate)
