@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from finetune import has_bf16
 from model import LMDM, PRESETS, Conv1d, ConvTranspose1d, channels_last, schedule
-from sample import Context, StreamingDecoder, decode_stream, denoise_block, device_of, keep_memory, prefetch, run, stream, whole
+from sample import (Context, StreamingDecoder, decode_stream, denoise_block, device_of, has_bf16, keep_memory, prefetch, run, stream,
+                    to_precision, whole)
 
 
 def medians(jobs, repeats, device):
@@ -44,13 +44,6 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def to_precision(model, dtype):
-    """Weights in dtype; buffers, the rotary frequencies, as they are: angles stay exact."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
 def recorded(module, kinds, job):
     """Run job() and return (layer, its input) of every layer of these kinds that it went through."""
     calls, hooks = [], []
@@ -69,11 +62,11 @@ def block_floor(model, cond, context, steps):
     t, H, d = torch.tensor(0.5, device=x.device), model.config.heads, model.config.head_width
     context.append(x)
     passes = [recorded(model.dit.layers, nn.Linear, lambda: context.predict(x, t)) for _ in range(2)]    # first step, later step
-    attentions = []
+    attentions, zeros = [], model.dit.project_in.weight.new_zeros
     for calls in passes:
         n, cross = calls[0][1].shape[1], cond.tokens.shape[1]
         keys = n if not c.causal and n > c.block + 1 else c.context + n     # encoder-decoder: the first pass holds the context
-        attentions.append([(x.new_zeros(1, H, n, d), x.new_zeros(1, H, k, d)) for k in (keys, cross)])
+        attentions.append([(zeros(1, H, n, d), zeros(1, H, k, d)) for k in (keys, cross)])
 
     def bare():
         for step in range(steps):
@@ -92,16 +85,16 @@ def decode_floor(autoencoder, latents):
     return lambda: [conv(x) for conv, x in calls]
 
 
-def row(preset, causal, steps, args, device, dtype):
+def row(preset, causal, steps, args, device, precision):
     """The figures of one line of the table, as a dictionary."""
     torch.manual_seed(args.seed)
     model = LMDM(replace(PRESETS[preset], causal=causal), stage="arc").requires_grad_(False).eval()
-    model = to_precision(model.to(device), dtype)
+    to_precision(model.to(device), precision)
     c, block_seconds = model.config, model.config.block / model.config.frame_rate
-    text = ["moderate arpeggios"] if c.text == "words" else torch.randn(1, c.text_tokens, c.cond_width, device=device, dtype=dtype)
-    cond = model.conditioner(text, **{k: torch.tensor([float(v)], device=device).to(dtype) for k, v in c.stream_numbers.items()})
-    latents = torch.randn(1, c.latent_channels, c.context, device=device).to(dtype)
-    block, levels = latents[..., :c.block], schedule(steps)[:-1].to(device, dtype)
+    text = ["moderate arpeggios"] if c.text == "words" else torch.randn(1, c.text_tokens, c.cond_width, device=device)
+    cond = model.conditioner(text, **c.stream_numbers)
+    latents = torch.randn(1, c.latent_channels, c.context, device=device)
+    block, levels = latents[..., :c.block], schedule(steps)[:-1].to(device)
     window, memory, decoder = tuple(range(c.context_blocks)), model.dit.memory(cond), StreamingDecoder(model.autoencoder)
     context = Context(model, memory, latents)
 
@@ -128,7 +121,7 @@ def row(preset, causal, steps, args, device, dtype):
         blocks = prefetch(blocks)
     start = time.perf_counter()
     for audio in decode_stream(model.autoencoder, blocks):
-        audio.float().cpu()
+        audio.cpu()
         played.append(time.perf_counter() - start)
     torch.set_num_threads(threads)
     played = played[:n]                                     # without the closing tail
@@ -158,8 +151,7 @@ def main():
     columns = ("step", "block", "floor", "outpaint", "decode", "decode floor", "whole", "x real time", "first")
     print(f"{'preset':10} {'regime':7} {'dtype':8} {'steps':>5}" + "".join(f" {name:>12}" for name in columns))
     for preset, precision, regime, steps in itertools.product(args.preset, precisions, args.regime, args.steps):
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        figures = row(preset, regime == "causal", steps, args, device, dtype)
+        figures = row(preset, regime == "causal", steps, args, device, precision)
         print(f"{preset:10} {regime:7} {precision:8} {steps:5d}" + "".join(
             f" {figures[name]:12.2f}" if name in ("x real time", "first") else f" {figures[name]:12.1f}" for name in columns), flush=True)
 

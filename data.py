@@ -65,7 +65,12 @@ def stray_files(folder):
 
 
 def split(names, share=1 / 16):
-    """Names relative to the folder -> (train, validation), sorted. By track, and the same on every machine."""
+    """Names relative to the folder -> (train, validation), sorted. By track, and the same on every machine.
+
+    What is in a subfolder `validation` (the AudioFolder convention) is that, and all else is trained on."""
+    held_out = [name for name in names if name.startswith("validation/")]
+    if 0 < len(held_out) < len(names):
+        return sorted(set(names) - set(held_out)), sorted(held_out)
     ranked = sorted(names, key=lambda name: zlib.crc32(name.encode("utf-8", "surrogateescape")))
     n = max(1, round(len(names) * share))
     return sorted(ranked[n:]), sorted(ranked[:n])

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 from model import LMDM, PRESETS, Cond, UserError, add_noise, shift_time, velocity
-from sample import WavWriter, decode_stream, device_of, keep_memory, load, pcm, read_checkpoint, run, save, stream, whole
+from sample import WavWriter, decode_stream, device_of, has_bf16, keep_memory, load, pcm, prefetch, read_checkpoint, run, save, stream, whole
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -141,13 +141,6 @@ def average_gradients(parameters, world):
     dist.all_reduce(flat)
     for p, g in zip(parameters, flat.split([g.numel() for g in grads])):
         p.grad = g.view_as(p)
-
-
-def has_bf16(device):
-    """Does this machine multiply bf16 matrices in hardware?"""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def precision_of(name, device):
@@ -312,13 +305,15 @@ def main():
         if not rank:
             log.write(step=0, validation=f"{start:.6f}")
 
-    # --- the loop
+    # --- the loop; the next batch is drawn while this one is learned
+    draws = prefetch(draw_batch(dataset.train, c, args.batch, args.blocks, part, args.seed, n, args.shift)
+                     for n in range(step, args.steps) for part in rows)
     bar, clock = tqdm(total=args.steps, initial=step, file=sys.stderr, disable=None if not rank else True), time.time()
     try:
         while step < args.steps:
             total = 0.0
-            for part in rows:
-                latents, prompts, noise, t, weights, kept = draw_batch(dataset.train, c, args.batch, args.blocks, part, args.seed, step, args.shift)
+            for _ in rows:
+                latents, prompts, noise, t, weights, kept = next(draws)
                 with precision():
                     memory = model.dit.memory(condition(model, texts, prompts, device, kept))
                     losses = block_losses(model, memory, latents.to(device), noise.to(device), t.to(device), args.remat)
@@ -353,6 +348,7 @@ def main():
         say(f"\nstopped after step {step}; go on with --resume")
         raise
     finally:
+        draws.close()
         bar.close()
         if world > 1:
             dist.destroy_process_group()

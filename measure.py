@@ -103,33 +103,40 @@ def read_split(folder, dataset, config, seconds, most):
 
 
 def make_streams(model, prompts, seconds, args):
-    """One stream for each seed, prompts in turn: audio (2, n) and latents (C, T) of each."""
-    c, out = model.config, []
-    for seed in tqdm(range(args.seeds), desc="streams", file=sys.stderr, disable=None):
-        cond = model.conditioner([prompts[seed % len(prompts)]], **c.stream_numbers)
-        blocks = math.ceil((seconds * c.frame_rate + c.decoder_margin) / c.block)
-        latents = list(stream(model, cond, blocks=blocks, steps=args.steps, sampler=args.sampler, cfg=args.cfg, seed=seed))
-        audio = torch.cat(list(decode_stream(model.autoencoder, latents)), dim=-1)[0, :, :round(seconds * c.sample_rate)]
-        out.append((audio.cpu(), torch.cat(latents, dim=-1)[0].cpu()))
+    """One stream for each seed, prompts in turn, all at once: audio (2, n) and latents (C, T) of each."""
+    c, out, seeds = model.config, [], range(args.seeds)
+    cond = model.conditioner([prompts[seed % len(prompts)] for seed in seeds], **c.stream_numbers)
+    blocks = math.ceil((seconds * c.frame_rate + c.decoder_margin) / c.block)
+    made = stream(model, cond, blocks=blocks, steps=args.steps, sampler=args.sampler, cfg=args.cfg, seed=seeds)
+    latents = torch.cat(list(tqdm(made, desc="blocks", total=blocks, file=sys.stderr, disable=None)), dim=-1)
+    for seed, z in zip(seeds, latents.split(1)):
+        audio = torch.cat(list(decode_stream(model.autoencoder, z.split(c.block, dim=-1))), dim=-1)
+        out.append((audio[0, :, :round(seconds * c.sample_rate)].cpu(), z[0].cpu()))
         if args.keep:
             Path(args.keep).mkdir(parents=True, exist_ok=True)
-            soundfile.write(Path(args.keep, f"seed{seed}.flac"), pcm(audio[None]), c.sample_rate)
+            soundfile.write(Path(args.keep, f"seed{seed}.flac"), pcm(out[-1][0][None]), c.sample_rate)
     return out
 
 
 def sound(model, dataset, prompts, args):
-    """Print the figures of 30 s streams beside those of training and held-out recordings."""
+    """Print the figures of 30 s streams beside those of training and held-out recordings.
+
+    The fewer the recordings, the further their Gaussian fit lies from any other, whatever they are: beside the streams'
+    distance belongs that of as many training recordings (the mean of several draws), not only that of all of them."""
     rate, seconds = model.config.sample_rate, args.seconds or 30
     train, held_out = read_split(Path(args.data), dataset, model.config, seconds, args.excerpts)
     made = [audio for audio, _ in make_streams(model, prompts, seconds, args)]
-    frames = {name: torch.cat([features(a, rate) for a in side]) for name, side in
-              (("training", train), ("held out", held_out), ("streams", made))}
+    frames = {name: [features(a, rate) for a in side] for name, side in (("training", train), ("held out", held_out), ("streams", made))}
+    distance = lambda sounds: frechet(torch.cat(sounds), torch.cat(frames["held out"]))
     print(f"{'':10} {'n':>3} {'onsets/s':>9} {'chroma change':>14} {'level dB':>9} {'distance to held out':>21}")
     for name, side in (("training", train), ("held out", held_out), ("streams", made)):
         mean = lambda f: np.mean([f(a, rate) for a in side])
         level = np.mean([20 * math.log10(a.square().mean().sqrt().item() + 1e-9) for a in side])
-        distance = "" if name == "held out" else f"{frechet(frames[name], frames['held out']):.1f}"
-        print(f"{name:10} {len(side):3d} {mean(onsets_per_second):9.2f} {mean(chroma_change):14.3f} {level:9.1f} {distance:>21}")
+        apart = "" if name == "held out" else f"{distance(frames[name]):.1f}"
+        print(f"{name:10} {len(side):3d} {mean(onsets_per_second):9.2f} {mean(chroma_change):14.3f} {level:9.1f} {apart:>21}")
+    draws = max(1, len(train) // len(made))
+    alike = [distance(frames["training"][i::draws][:len(made)]) for i in range(draws)]
+    print(f"training recordings, {min(len(train), len(made))} at a time: distance {np.mean(alike):.1f} ({min(alike):.1f} to {max(alike):.1f})")
     if args.picture:
         picture(args.picture, {"held-out recording": held_out[0], f"stream, seed 0: {prompts[0]}": made[0]}, rate)
 

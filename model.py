@@ -192,8 +192,9 @@ class SnakeBeta(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):                                   # (B, channels, samples)
-        wave = torch.sin(self.alpha.exp()[:, None] * x)
-        return torch.addcmul(x, wave, wave / (self.beta.exp()[:, None] + 1e-9))
+        alpha, beta = (p.exp()[:, None].to(x.dtype) for p in (self.alpha, self.beta))
+        wave = torch.sin(alpha * x)
+        return torch.addcmul(x, wave, wave / (beta + 1e-9))
 
 
 # Run as two-dimensional convolutions over (B, channels, 1, samples) with the channels last in memory: the same numbers,
@@ -264,7 +265,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents):
         """(B, C, T) -> audio (B, 2, T * hop), not clipped."""
-        return self.decoder(channels_last(latents))
+        return self.decoder(channels_last(latents.to(self.decoder[0].weight.dtype)))
 
 
 # ------------------------------------------------------------------------------------------------ conditioning
@@ -512,14 +513,16 @@ class DiT(nn.Module):
 
     def memory(self, cond):
         """Cond -> Memory: everything that depends on the prompt alone."""
-        tokens = self.token_embed(cond.tokens)
-        return Memory(self.global_embed(cond.global_), [layer.cross_attention.tokens(tokens) for layer in self.layers])
+        tokens, global_ = (y.to(self.project_in.weight.dtype) for y in cond)
+        tokens = self.token_embed(tokens)
+        return Memory(self.global_embed(global_), [layer.cross_attention.tokens(tokens) for layer in self.layers])
 
     def embed_noisy(self, x):                               # (B, C, T) -> (B, T, D)
+        x = x.to(self.project_in.weight.dtype)
         return self.project_in((x + self.conv_in(x)).transpose(1, 2))
 
     def embed_clean(self, x):                               # (B, C, T) -> (B, T, D)
-        return self.context_in(F.pad(x.transpose(1, 2), (1, 0), value=1.0))
+        return self.context_in(F.pad(x.transpose(1, 2), (1, 0), value=1.0).to(self.context_in.weight.dtype))
 
     def embed_time(self, t, global_):                       # (B, n), (B, D) -> (B, n, D)
         angles = 2 * math.pi * t[..., None].float() * self.time_frequencies.float()

@@ -31,18 +31,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torchaudio.functional import melscale_fbanks
 
 from data import audio_files, read_audio, split
 from finetune import average_gradients, micro_rows, start_processes
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta, UserError
-from sample import SAMPLERS, keep_memory, load, read_checkpoint, run, save
+from sample import SAMPLERS, keep_memory, load, prefetch, read_checkpoint, run, save
 
 INSTRUMENTS = {"marimba": 12}                               # General MIDI programs
 # latent frames per beat. Every note begins with a frame: then the same note is the same latents whenever it is played,
 # its phases too, and a small transformer can learn the notes themselves
 TEXTURES = {"chorale": {"slow": 48, "moderate": 32, "fast": 24}, "arpeggios": {"slow": 64, "moderate": 48, "fast": 32}}
 HOP, RATE = PRESETS["nano"].hop, PRESETS["nano"].sample_rate
+PATTERNS = (0, 1, 2, 3), (3, 2, 1, 0), (0, 2, 1, 2), (0, 3, 1, 2)     # of an arpeggio's four notes a beat, 0 the lowest
 PITCHES, NOTE_SECONDS = range(28, 100), 5
 NOTES = {}                                                  # {instrument: {pitch: int16 (samples, 2)}}, in each worker
 
@@ -63,11 +65,11 @@ def read_chorale(path):
 
 
 def arpeggiate(notes, beats, rng):
-    """Break each beat's chord into sixteenths, low to high and, half the time, back down."""
-    out, down = [], rng.random() < 0.5
+    """Break each beat's chord into sixteenths, in two patterns of the piece's own, in turns."""
+    out, patterns = [], rng.choices(PATTERNS, k=2)
     for beat in range(int(beats)):
         chord = sorted({pitch for start, length, pitch, _ in notes if start < beat + 0.99 and start + length > beat + 0.01})
-        order = (chord * 4)[:4] if not (down and beat % 2) else (chord * 4)[:4][::-1]
+        order = [(chord * 4)[i] for i in patterns[beat % 2]] if chord else []
         out += [(beat + i / 4, 1, pitch, 0 if i == 0 else 1) for i, pitch in enumerate(order)]
     return out
 
@@ -83,7 +85,7 @@ def write_midi(path, program):
 
 
 def sample_notes(program, soundfont):
-    """{pitch: int16 (samples, 2)}: what fluidsynth makes of each note, held almost to the end."""
+    """{pitch: int16 (samples, 2)}: what fluidsynth makes of each note, held until it has died away."""
     with tempfile.TemporaryDirectory() as tmp:
         midi, wav = f"{tmp}/a.mid", f"{tmp}/a.wav"
         write_midi(midi, program)
@@ -91,7 +93,8 @@ def sample_notes(program, soundfont):
                         soundfont, midi], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         audio = soundfile.read(wav, dtype="int16", always_2d=True)[0]
     n = NOTE_SECONDS * RATE
-    return {pitch: audio[i * n:(i + 1) * n - RATE // 20] for i, pitch in enumerate(PITCHES)}
+    notes = {pitch: audio[i * n:(i + 1) * n - RATE // 20] for i, pitch in enumerate(PITCHES)}
+    return {pitch: note[:1 + note.any(1).nonzero()[0].max(initial=0)] for pitch, note in notes.items()}
 
 
 def share_notes(notes):                                     # what each worker starts with
@@ -99,12 +102,12 @@ def share_notes(notes):                                     # what each worker s
 
 
 def render(job):
-    """One score -> one FLAC file. Returns (file name, prompt), or None where the score has not four parts."""
-    score, index, folder = job
-    rng = random.Random(index)
-    instrument, texture = list(NOTES)[index % len(NOTES)], list(TEXTURES)[index // len(NOTES) % 2]
+    """One performance of a score -> one FLAC file. Returns (file name, prompt), or None where the score has not four parts."""
+    score, index, performance, folder = job
+    rng = random.Random(1000 * performance + index)
+    instrument, texture = list(NOTES)[index % len(NOTES)], list(TEXTURES)[(index // len(NOTES) + performance) % 2]
     speed, frames = rng.choice(list(TEXTURES[texture].items()))
-    target = folder / f"{index:03d}_{texture}_{instrument.replace(' ', '_')}.flac"
+    target = folder / f"{index:03d}{chr(97 + performance)}_{texture}_{instrument.replace(' ', '_')}.flac"
     chorale = read_chorale(score)
     if chorale is None:
         return None
@@ -119,11 +122,14 @@ def render(job):
         part = target.with_suffix(".part")
         soundfile.write(part, audio.clip(-32767, 32767).round().astype(np.int16), RATE, format="FLAC", subtype="PCM_16")
         part.rename(target)
-    return target.name, f"{speed} {texture} in {key} on {instrument}"
+    return f"{folder.name}/{target.name}", f"{speed} {texture} in {key} on {instrument}"
 
 
 def make_data(args):
-    """Render those of the first `--tracks` chorales that have four parts to `--data`, with metadata.csv."""
+    """Render the first `--tracks` chorales that have four parts to `--data`, with metadata.csv.
+
+    One in sixteen is held out, in a folder `validation`; of the others `--performances` are made, each with its own texture,
+    speed and patterns."""
     if not shutil.which("fluidsynth"):
         raise UserError("fluidsynth is not installed: on Debian, apt-get install fluidsynth fluid-soundfont-gm")
     if not Path(args.soundfont).exists():
@@ -133,14 +139,18 @@ def make_data(args):
     except ImportError:
         raise UserError("the scores come from music21: pip install music21")
     folder = Path(args.data)
-    folder.mkdir(parents=True, exist_ok=True)
     scores = [str(p) for p in corpus.getComposer("bach") if p.stem.startswith("bwv")]
     scores.sort()
     random.Random(0).shuffle(scores)
+    held_out, jobs = set(split([Path(s).stem for s in scores[:args.tracks]])[1]), []
+    for i, score in enumerate(scores[:args.tracks]):
+        side = "validation" if Path(score).stem in held_out else "train"
+        (folder / side).mkdir(parents=True, exist_ok=True)
+        jobs += [(score, i, performance, folder / side) for performance in range(1 if side == "validation" else args.performances)]
     started, rows = time.time(), []
     notes = {name: sample_notes(program, args.soundfont) for name, program in INSTRUMENTS.items()}
     with Pool(args.workers, share_notes, (notes,)) as pool:
-        for row in pool.imap(render, [(s, i, folder) for i, s in enumerate(scores[:args.tracks])]):
+        for row in pool.imap(render, jobs):
             if row:
                 rows.append(row)
                 print(f"{len(rows):4d} {row[0]}: {row[1]}", file=sys.stderr)
@@ -157,16 +167,20 @@ def mid_side(audio):                                        # (B, 2, n) -> (B, 4
 
 
 def magnitudes(audio, size):                                # (B, channels, n) -> (B * channels, size / 2 + 1, frames)
-    return torch.stft(audio.flatten(0, 1), size, size // 4, window=torch.hann_window(size), return_complex=True).abs()
+    return spectrum(audio, size).abs()
+
+
+def spectrum(audio, size):                                  # (B, channels, n) -> complex, as `magnitudes`
+    return torch.stft(audio.flatten(0, 1), size, size // 4, window=torch.hann_window(size, device=audio.device), return_complex=True)
 
 
 @lru_cache
-def mel_bands(bins):                                        # (bins / 16, bins)
-    return melscale_fbanks(bins, 30, RATE / 2, (bins - 1) // 16, RATE).T
+def mel_bands(bins, device):                                # (bins / 16, bins)
+    return melscale_fbanks(bins, 30, RATE / 2, (bins - 1) // 16, RATE).T.to(device)
 
 
 def mel(magnitude):                                         # (B, size / 2 + 1, frames) -> (B, size / 32, frames)
-    return mel_bands(magnitude.shape[1]) @ magnitude
+    return mel_bands(magnitude.shape[1], magnitude.device) @ magnitude
 
 
 def reconstruction_loss(made, real):
@@ -192,9 +206,10 @@ def snr(made, real):
     return 10 * torch.log10(real.square().sum() / (made - real).square().sum()).item()
 
 
-def read_tracks(folder, validation):
-    """All tracks of one side of the split, as int16 arrays (n, 2)."""
+def read_tracks(folder, validation, most=350):
+    """Tracks of one side of the split, at most so many, evenly spread, as int16 arrays (n, 2)."""
     names = split([f.relative_to(folder).as_posix() for f in audio_files(folder)])[validation]
+    names = names[::math.ceil(len(names) / most)]           # of four performances one: the sounds are the same
     return [soundfile.read(Path(folder, name), dtype="int16", always_2d=True)[0] for name in names]
 
 
@@ -205,9 +220,9 @@ def to_audio(samples):                                      # int16 (n, 2) -> (2
 @torch.no_grad()
 def validate_autoencoder(autoencoder, tracks):
     """Log-spectral distance and SNR in dB over ten seconds of each held-out track."""
-    n = 10 * RATE
+    n, device = 10 * RATE, next(autoencoder.parameters()).device
     pairs = [(autoencoder.decode(autoencoder.encode(x)), x) for x in
-             (to_audio(t[max(0, len(t) - n) // 2:][:n])[None] for t in tracks)]
+             (to_audio(t[max(0, len(t) - n) // 2:][:n])[None].to(device) for t in tracks)]
     pairs = [(made, real[..., :made.shape[-1]]) for made, real in pairs]
     return np.mean([log_spectral_distance(*p) for p in pairs]), np.mean([snr(*p) for p in pairs])
 
@@ -262,27 +277,67 @@ def start_as_transform(autoencoder, audio):
     decoder_first.weight[:, :, 3] = directions.T * scale
 
 
+class Critic(nn.Module):
+    """Scores patches of complex spectrograms at three resolutions, real high and made low (EnCodec, arXiv 2210.13438)."""
+    def __init__(self, width=32, sizes=(2048, 1024, 512)):
+        super().__init__()
+        conv = lambda n, m, kernel, stride=1, dilation=1: weight_norm(nn.Conv2d(
+            n, m, kernel, (stride, 1), [d * (k - 1) // 2 for k, d in zip(kernel, (1, dilation))], (1, dilation)))
+        self.sizes, self.stacks = sizes, nn.ModuleList(nn.ModuleList(
+            [conv(4, width, (9, 3)), *(conv(width, width, (9, 3), 2, dilation) for dilation in (1, 2, 4)),
+             conv(width, width, (3, 3)), conv(width, 1, (3, 3))]) for _ in sizes)
+
+    def forward(self, audio):                               # (B, 2, n) -> for each resolution, what each layer makes
+        out = []
+        for size, stack in zip(self.sizes, self.stacks):
+            z = spectrum(audio, size).unflatten(0, (-1, 2))
+            z = torch.view_as_real(z / (z.abs() + 1e-4) ** 0.7)     # quiet partials count too
+            x, made = z.permute(0, 1, 4, 2, 3).flatten(1, 2), []    # (B, 4, frequencies, frames)
+            for i, layer in enumerate(stack):
+                x = layer(x if i == 0 else F.leaky_relu(x, 0.2))
+                made.append(x)
+            out.append(made)
+        return out
+
+
+def critic_loss(real, made):
+    """Hinge: max(0, 1 - D(real)) + max(0, 1 + D(made))"""
+    return sum(F.relu(1 - a[-1]).mean() + F.relu(1 + b[-1]).mean() for a, b in zip(real, made)) / len(real)
+
+
+def persuasion_loss(real, made):
+    """-D(made), and how far the critic's features are from those of the real, relative to their size."""
+    apart = [(x - y).abs().mean() / y.abs().mean() for a, b in zip(real, made) for x, y in zip(b[:-1], a[:-1])]
+    return sum(-b[-1].mean() for b in made) / len(made) + 2 * sum(apart) / len(apart)
+
+
 def train_autoencoder(args):
-    """Fit the linear start, then train the decoder alone; run again to go on from the last `--out`.train.
+    """Train the decoder alone, from `--init` or a linear start; run again to go on from the last `--out`.train.
 
     The encoder stays as it is, so latents never change: the DiT can be trained before the decoder is done."""
-    rank, world, _ = start_processes("cpu")
+    rank, world, device = start_processes(args.device)
     rows, = micro_rows(args.batch, 1, world, rank)
     torch.manual_seed(args.seed)
-    config, out, state = PRESETS["nano"], Path(args.out), Path(f"{args.out}.train")
-    model = LMDM(config, stage="autoencoder")
-    autoencoder, decoder = model.autoencoder, model.autoencoder.decoder
+    out, state = Path(args.out), Path(f"{args.out}.train")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    model = load(args.init) if args.init else LMDM(PRESETS["nano"])
+    model.stage, model.sampling, config = "autoencoder", {}, model.config
+    autoencoder, decoder = model.autoencoder.to(device), model.autoencoder.decoder
     say = lambda text: rank or print(text, file=sys.stderr, flush=True)
     made = " ".join(["nano.py", *sys.argv[1:]])
     train, held_out = (read_tracks(args.data, side) for side in (False, True))
-    optimizer, start = torch.optim.AdamW(decoder.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3, fused=True), 0
+    critic, start = Critic().to(device), 0
+    adam = lambda player: torch.optim.AdamW(player.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3, fused=True)
+    optimizer, critic_optimizer = adam(decoder), adam(critic)
     if state.exists():
         saved = torch.load(state, weights_only=True)
         autoencoder.load_state_dict(saved["weights"])
         optimizer.load_state_dict(saved["optimizer"])
+        critic.load_state_dict(saved["critic"])
+        critic_optimizer.load_state_dict(saved["critic_optimizer"])
         start = saved["step"]
-    else:
-        start_as_transform(autoencoder, torch.stack([to_audio(t[5 * 44100:][:1 << 17]) for t in train[:96]]))
+    elif not args.init:
+        start_as_transform(autoencoder, torch.stack([to_audio(t[5 * 44100:][:1 << 17]) for t in train[:96]]).to(device))
         for parameter in autoencoder.parameters():          # the precision of the packed file, so that latents stay those
             parameter.data = parameter.data.half().float()
         if not rank:
@@ -293,37 +348,59 @@ def train_autoencoder(args):
             dist.broadcast(tensor, 0)
     autoencoder.encoder.requires_grad_(False)
     say(f"decoder: {sum(p.numel() for p in decoder.parameters()) / 1e6:.1f} M parameters, {config.hop} samples a frame; "
-        f"{len(train)} tracks, {len(held_out)} held out; from step {start} of {args.steps}, {world} processes")
-    weights, clock = np.array([len(t) for t in train]) / sum(map(len, train)), time.time()
-    for step in range(start, args.steps):
-        rng = np.random.default_rng([args.seed, step])      # the same crops whether or not the run was interrupted
-        tracks = [train[i] for i in rng.choice(len(train), args.batch, p=weights)]
+        f"{len(train)} tracks, {len(held_out)} held out; from step {start} of {args.steps}, {world} processes, {device.type}")
+    share = np.array([len(t) for t in train]) / sum(map(len, train))
+
+    def draw(step):                                         # the same crops whether or not the run was interrupted
+        rng = np.random.default_rng([args.seed, step])
+        tracks = [train[i] for i in rng.choice(len(train), args.batch, p=share)]
         starts = [rng.integers(len(t) - args.crop) for t in tracks]
-        audio = torch.stack([to_audio(t[at:at + args.crop]) for t, at in list(zip(tracks, starts))[rows]])
         noise = rng.standard_normal((args.batch, config.latent_channels, args.crop // config.hop), np.float32)
-        noise = torch.from_numpy(noise * rng.uniform(0, args.noise, (args.batch, 1, 1)).astype(np.float32))
+        noise *= rng.uniform(0, args.noise, (args.batch, 1, 1)).astype(np.float32)
+        return torch.stack([to_audio(t[at:at + args.crop]) for t, at in list(zip(tracks, starts))[rows]]), torch.from_numpy(noise[rows])
+
+    def update(player, optimizer, step):
+        average_gradients(list(player.parameters()), world)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
-        with torch.no_grad():
-            mean = autoencoder.encode(audio)
-        loss = reconstruction_loss(autoencoder.decode(mean + noise[rows]), audio)
-        loss.backward()
-        average_gradients(list(decoder.parameters()), world)
-        norm = nn.utils.clip_grad_norm_(decoder.parameters(), args.clip)
+        norm = nn.utils.clip_grad_norm_(player.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return norm
+    draws, clock = prefetch(map(draw, range(start, args.steps))), time.time()
+    for step in range(start, args.steps):
+        audio, noise = (x.to(device) for x in next(draws))
+        with torch.no_grad():
+            mean = autoencoder.encode(audio)
+        copy = autoencoder.decode(mean + noise)
+        loss = reconstruction_loss(copy, audio)
+        if args.adversary:
+            verdict = critic_loss(critic(audio), critic(copy.detach()))
+            verdict.backward()
+            update(critic, critic_optimizer, step)
+            critic.requires_grad_(False)
+            with torch.no_grad():
+                real = critic(audio)
+            (loss + args.adversary * persuasion_loss(real, critic(copy))).backward()
+            critic.requires_grad_(True)
+        else:
+            loss.backward()
+        norm = update(decoder, optimizer, step)
         if step % 50 == 49:
-            say(f"step {step + 1} loss {loss.item():.3f} norm {norm:.1f}, {(time.time() - clock) / 50:.2f} s/step")
+            say(f"step {step + 1} loss {loss.item():.3f} norm {norm:.1f}, {(time.time() - clock) / 50:.2f} s/step"
+                + (f", critic {verdict.item():.3f}" if args.adversary else ""))
             clock = time.time()
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             if not rank:
-                saved = {"weights": autoencoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                saved = {"weights": autoencoder.state_dict(), "optimizer": optimizer.state_dict(), "critic": critic.state_dict(),
+                         "critic_optimizer": critic_optimizer.state_dict(), "step": step + 1}
                 torch.save(saved, f"{state}.part")
                 os.replace(f"{state}.part", state)
                 save(model, out, step + 1, made, torch.float16)
                 distance, ratio = validate_autoencoder(autoencoder, held_out)
                 say(f"step {step + 1} held out: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB -> {out}")
             clock = time.time()
+    draws.close()
     if world > 1:
         dist.destroy_process_group()
 
@@ -374,21 +451,25 @@ def main():
     stages = p.add_subparsers(dest="stage", required=True)
     s = stages.add_parser("data", help="render scores")
     s.add_argument("--data", default="data/nano")
-    s.add_argument("--tracks", type=int, default=240)
+    s.add_argument("--tracks", type=int, default=413, help="chorales to look at; 45 have other than four parts")
+    s.add_argument("--performances", type=int, default=4, help="of each chorale that is trained on")
     s.add_argument("--workers", type=int, default=2)
     s.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
     s.set_defaults(run=make_data)
     s = stages.add_parser("autoencoder", help="train the autoencoder; run again to go on where it stopped")
     s.add_argument("--data", default="data/nano")
     s.add_argument("--out", default="out/nano_ae.pt")
+    s.add_argument("--init", help="checkpoint whose autoencoder to go on from (default: a linear start)")
     s.add_argument("--steps", type=int, default=8000)
     s.add_argument("--batch", type=int, default=4)
     s.add_argument("--crop", type=int, default=16384, help="samples")
     s.add_argument("--lr", type=float, default=1e-3)
     s.add_argument("--clip", type=float, default=1.0, help="gradient norm")
     s.add_argument("--noise", type=float, default=0.25, help="most noise on latents: the DiT's are never quite clean")
+    s.add_argument("--adversary", type=float, default=0.0, help="weight of an adversarial loss")
     s.add_argument("--every", type=int, default=250, help="steps between validation and checkpoint")
     s.add_argument("--seed", type=int, default=0)
+    s.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     s.add_argument("--threads", type=int, default=2)
     s.set_defaults(run=train_autoencoder)
     s = stages.add_parser("evaluate", help="how well an autoencoder keeps held-out audio")

@@ -210,6 +210,29 @@ def test_stream_is_reproducible_and_a_prefix():
     assert not torch.allclose(short, latents_of(model, cond, 3, seed=8, sampler="pingpong"))
 
 
+def test_each_item_may_have_its_own_seed():
+    model = tiny()
+    together = latents_of(model, condition(model), 4, seed=[7, 8], sampler="pingpong")
+    for prompt, seed, made in zip(("slow piano", "fast"), (7, 8), together.split(1)):
+        assert (made - latents_of(model, condition(model, prompt), 4, seed=seed, sampler="pingpong")).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_bf16_is_float32_within_its_error(causal):
+    """bf16 keeps 8 bits: a prediction is off by a few times 2^-8; angles, frequencies and the sampler's state keep all."""
+    model, low = tiny(causal=causal), tiny(causal=causal)
+    assert sample.to_precision(low, "float32") == "float32" and low.dit.project_in.weight.dtype == torch.float32
+    assert sample.to_precision(low, "bf16") == "bf16" and low.dit.project_in.weight.dtype == torch.bfloat16
+    assert {low.dit.inv_freq.dtype, low.dit.time_frequencies.dtype, low.conditioner.words.table.weight.dtype} == {torch.float32}
+    kw = dict(steps=2, sampler="euler", cfg=3.0)
+    a, b, uncached = latents_of(model, condition(model), 6, **kw), latents_of(low, condition(low), 6, **kw), \
+        latents_of(low, condition(low), 6, use_cache=False, **kw)
+    assert a.dtype == b.dtype == torch.float32
+    assert 0 < (a - b).norm() / a.norm() < 0.03 and (b - uncached).norm() / a.norm() < 0.03
+    audio, rough = (torch.cat(list(sample.decode_stream(m.autoencoder, a.split(6, dim=-1))), dim=-1) for m in (model, low))
+    assert rough.dtype == torch.float32 and 0 < (audio - rough).norm() / audio.norm() < 0.03
+
+
 def test_cache_does_not_grow():
     model = tiny()
     context = sample.Context(model, model.dit.memory(condition(model)), torch.zeros(2, 8, 0))
@@ -263,6 +286,34 @@ def test_autoencoder_starts_as_a_codec():
     latents = ae.encode(audio)
     assert nano.snr(ae.decode(latents)[..., 500:-500], audio[..., 500:-500]) > 20
     assert 0.8 < latents.square().mean() < 1.2
+
+
+def test_autoencoder_training(tmp_path, music, call):
+    """It resumes where it stopped, as if it never had; the encoder stays as it was; the critic is part of it where asked for."""
+    sample.save(tiny(), tmp_path / "start.pt")
+    train = lambda out, steps, *more: call(nano.main, "autoencoder", "--data", music, "--init", "start.pt", "--out", out, "--steps", steps,
+                                           "--batch", 2, "--crop", 8192, "--every", 1, "--device", "cpu", *more)[0]
+    assert [train(out, 2, "--adversary", weight) for out, weight in (("a.pt", 0), ("b.pt", 1))] == [0, 0]
+    start, plain, judged = (sample.load(tmp_path / name).autoencoder for name in ("start.pt", "a.pt", "b.pt"))
+    assert all(torch.equal(p.half(), q.half()) for p, q in zip(start.encoder.parameters(), plain.encoder.parameters()))
+    moved = lambda a, b: max((p - q).abs().max().item() for p, q in zip(a.decoder.parameters(), b.decoder.parameters()))
+    assert moved(start, plain) > 1e-6 and moved(plain, judged) > 1e-6
+    states = []
+    for stops in ((1, 2), (2,)):                            # the learning rate's cosine is over all steps: the first step's is the same
+        for f in tmp_path.glob("c.pt*"):
+            f.unlink()
+        for stop in stops:
+            assert train("c.pt", stop, "--adversary", 1, "--lr", 1e-3) == 0
+        states.append(torch.load(tmp_path / "c.pt.train", weights_only=True))
+    assert states[0]["step"] == 2 and states[0]["critic_optimizer"]["state"][0]["step"] == 2
+    for part in ("weights", "critic"):
+        assert all(torch.equal(states[0][part][k], states[1][part][k]) for k in states[0][part])
+
+
+def test_critic_losses_by_hand():
+    real, made = [[torch.ones(2), torch.tensor([0.5, 2.0])]], [[torch.zeros(2), torch.tensor([-2.0, 0.0])]]
+    assert nano.critic_loss(real, made).item() == pytest.approx(0.25 + 0.5)
+    assert nano.persuasion_loss(real, made).item() == pytest.approx(1 + 2 * 1)
 
 
 def test_pack_takes_a_newer_decoder(tmp_path, call):
@@ -881,6 +932,8 @@ def test_split():
     assert data.split(names[::-1]) == (train, validation)
     assert validation[:3] == ["001.flac", "025.flac", "054.flac"]
     assert len(data.split(names[:3])[1]) == 1
+    assert data.split(["train/a.wav", "validation/b.wav", "c.wav"]) == (["c.wav", "train/a.wav"], ["validation/b.wav"])
+    assert len(data.split(["validation/a.wav", "validation/b.wav"])[0]) == 1        # nothing else to train on
 
 
 def fake_tracks(tmp_path, lengths, channels=3):
