@@ -1,13 +1,15 @@
 """The recipe of `nano.pt`, the small model that ships with this repository. Each stage runs alone and can be resumed:
 
     python nano.py data           # public-domain scores (Bach chorales) -> audio and prompts
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 nano.py autoencoder --threads 1
-    python finetune.py --init out/nano_ae.pt --data data/nano --out out/nano.pt --causal --steps 4800 --batch 2 \
-        --lr 1e-3 --lr-end 2e-5 --warmup 50 --shift 1.5
-    python arc_forcing.py --init out/nano.pt --rollout 4 --most 4 --steps 400 --batch 4 --lr 2e-5 --d-lr 4e-5 \
-        --d-warmup 150 --warmup-lr 2e-4
+    python nano.py autoencoder --steps 4500 --batch 32 --crop 32768
+    python finetune.py --init out/nano_ae.pt --data data/nano --out out/nano.pt --causal --steps 2400 --batch 64 \
+        --lr 1e-3 --lr-end 1e-5 --warmup 100 --shift 1.5
+    python arc_forcing.py --init out/nano.pt --base none --rollout 4 --most 4 --steps 300 --batch 16 --lr 1e-5 --d-lr 2e-5 \
+        --d-warmup 150 --warmup-lr 2e-4 --no-remat
     python nano.py pack --arc out/arc.pt --autoencoder out/nano_ae.pt   # float16, with the sampling defaults -> nano.pt
 
+A GPU needs ten minutes for it; two CPU cores, with smaller batches and `OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 nano.py
+autoencoder --threads 1`, an afternoon.
 `data` needs fluidsynth with its General MIDI soundfont (Debian: fluidsynth fluid-soundfont-gm) and `pip install music21`.
 """
 import argparse
