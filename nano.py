@@ -433,7 +433,10 @@ def pack(args):
     """Half the size, the newest decoder, and what `sample.py` should do when nothing is said -> `nano.pt`."""
     model = load(args.ckpt)
     if args.arc:
-        blend(model, load(args.arc), args.share)
+        forced = load(args.arc)
+        if [p.shape for p in forced.parameters()] != [p.shape for p in model.parameters()]:
+            raise UserError(f"{args.arc} has other sizes than {args.ckpt}: it cannot have been trained from it")
+        blend(model, forced, args.share)
     if args.autoencoder:
         newest = load(args.autoencoder).autoencoder
         audio = 0.1 * torch.randn(1, 2, 1 << 15)

@@ -333,6 +333,9 @@ def test_pack_takes_a_newer_decoder(tmp_path, call):
     assert torch.allclose(packed.autoencoder.decoder[0].weight, newer.autoencoder.decoder[0].weight, atol=1e-3)
     assert torch.allclose(packed.dit.project_in.weight, model.dit.project_in.weight, atol=1e-3)
     assert call(nano.main, "pack", "--ckpt", "model.pt", "--arc", "forced.pt", "--share", 0.25, "--out", "packed.pt")[0] == 0
+    sample.save(tiny(depth=2), tmp_path / "smaller.pt")
+    status, err = call(nano.main, "pack", "--ckpt", "model.pt", "--arc", "smaller.pt", "--out", "no.pt")
+    assert status == 2 and "other sizes" in err and not (tmp_path / "no.pt").exists()
     mixed = 0.75 * model.dit.project_in.weight + 0.25 * forced.dit.project_in.weight
     assert torch.allclose(sample.load(tmp_path / "packed.pt").dit.project_in.weight, mixed, atol=1e-3)
 
