@@ -519,7 +519,8 @@ class DiT(nn.Module):
 
     def embed_noisy(self, x):                               # (B, C, T) -> (B, T, D)
         x = x.to(self.project_in.weight.dtype)
-        return self.project_in((x + self.conv_in(x)).transpose(1, 2))
+        # contiguous, or PyTorch picks the matrix product, and its rounding, by whether weights require gradients
+        return self.project_in((x + self.conv_in(x)).transpose(1, 2).contiguous())
 
     def embed_clean(self, x):                               # (B, C, T) -> (B, T, D)
         return self.context_in(F.pad(x.transpose(1, 2), (1, 0), value=1.0).to(self.context_in.weight.dtype))

@@ -437,7 +437,7 @@ def test_closed_pipe_and_interrupt(tiny_file, tmp_path):
 def test_save_and_load(tmp_path):
     model = tiny(causal=False)
     sample.save(model, tmp_path / "a.pt", step=5)
-    again = sample.load(tmp_path / "a.pt").requires_grad_(False)    # with it some CPUs take another convolution, 1e-7 apart
+    again = sample.load(tmp_path / "a.pt")
     assert again.config == model.config and again.stage == "finetune" and again.sampling == model.sampling
     cond = condition(model)
     assert torch.equal(latents_of(model, cond, 3), latents_of(again, condition(again), 3))
