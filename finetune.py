@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 from model import LMDM, PRESETS, Cond, UserError, add_noise, shift_time, velocity
-from sample import WavWriter, decode_stream, device_of, has_bf16, keep_memory, load, pcm, prefetch, read_checkpoint, run, save, stream, whole
+from sample import WavWriter, choose_precision, decode_stream, device_of, keep_memory, load, pcm, prefetch, read_checkpoint, run, save, stream, whole
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -145,7 +145,7 @@ def average_gradients(parameters, world):
 
 def precision_of(name, device):
     """"auto", "float32" or "bf16" -> a context manager to run the network in. Weights and optimizer stay float32."""
-    if name == "bf16" or name == "auto" and has_bf16(device):
+    if choose_precision(name, device) == "bf16":
         return lambda: torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext
 

@@ -110,11 +110,11 @@ def make_streams(model, prompts, seconds, args):
     made = stream(model, cond, blocks=blocks, steps=args.steps, sampler=args.sampler, cfg=args.cfg, seed=seeds)
     latents = torch.cat(list(tqdm(made, desc="blocks", total=blocks, file=sys.stderr, disable=None)), dim=-1)
     for seed, z in zip(seeds, latents.split(1)):
-        audio = torch.cat(list(decode_stream(model.autoencoder, z.split(c.block, dim=-1))), dim=-1)
-        out.append((audio[0, :, :round(seconds * c.sample_rate)].cpu(), z[0].cpu()))
+        audio = torch.cat(list(decode_stream(model.autoencoder, z.split(c.block, dim=-1))), dim=-1)[0, :, :round(seconds * c.sample_rate)].cpu()
+        out.append((audio, z[0].cpu()))
         if args.keep:
             Path(args.keep).mkdir(parents=True, exist_ok=True)
-            soundfile.write(Path(args.keep, f"seed{seed}.flac"), pcm(out[-1][0][None]), c.sample_rate)
+            soundfile.write(Path(args.keep, f"seed{seed}.flac"), pcm(audio[None]), c.sample_rate)
     return out
 
 
@@ -127,7 +127,8 @@ def sound(model, dataset, prompts, args):
     train, held_out = read_split(Path(args.data), dataset, model.config, seconds, args.excerpts)
     made = [audio for audio, _ in make_streams(model, prompts, seconds, args)]
     frames = {name: [features(a, rate) for a in side] for name, side in (("training", train), ("held out", held_out), ("streams", made))}
-    distance = lambda sounds: frechet(torch.cat(sounds), torch.cat(frames["held out"]))
+    reference = torch.cat(frames["held out"])
+    distance = lambda sounds: frechet(torch.cat(sounds), reference)
     print(f"{'':10} {'n':>3} {'onsets/s':>9} {'chroma change':>14} {'level dB':>9} {'distance to held out':>21}")
     for name, side in (("training", train), ("held out", held_out), ("streams", made)):
         mean = lambda f: np.mean([f(a, rate) for a in side])

@@ -91,16 +91,20 @@ def has_bf16(device):
     return torch.cpu._is_amx_tile_supported()
 
 
+def choose_precision(name, device):
+    """"auto", "float32" or "bf16" -> "float32" or "bf16"."""
+    return name if name != "auto" else "bf16" if has_bf16(device) else "float32"
+
+
 def to_precision(model, name):
-    """"auto", "float32" or "bf16": what the DiT and the decoder play in. Returns the one taken.
+    """What the DiT and the decoder play in. Returns the precision taken.
 
     The sampler's state, rotary angles, frequencies, the conditioner and the encoder stay in float32."""
-    if name == "float32" or name == "auto" and not has_bf16(next(model.parameters()).device):
-        return "float32"
-    for layer in (*model.dit.modules(), *model.autoencoder.decoder.modules()):
+    name = choose_precision(name, next(model.parameters()).device)
+    for layer in (*model.dit.modules(), *model.autoencoder.decoder.modules()) if name == "bf16" else ():
         if isinstance(layer, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d, nn.LayerNorm)):
             layer.to(torch.bfloat16)
-    return "bf16"
+    return name
 
 
 # ------------------------------------------------------------------------------------------------ one block after another
