@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from finetune import (Log, average_gradients, condition, encode_texts, micro_rows, missing_context, parse, precision_of, prepare_once,
+from finetune import (Log, average_gradients, condition, encode_texts, micro_rows, missing_context, parse, peak_memory, precision_of, prepare_once,
                       render_sample, start_processes)
 from model import Conditioner, Config, DiT, UserError, add_noise, guided, schedule, shift_time, velocity
 from sample import Context, denoise_block, load, mallopt, read_checkpoint, run, sampling_settings, save, whole, with_null
@@ -236,7 +236,7 @@ def parser():
     # before the game
     p.add_argument("--d-warmup", type=int, default=500, help="steps of flow matching for D")
     p.add_argument("--g-warmup", type=int, default=0, help="steps of G on the finetuned model's own trajectories")
-    p.add_argument("--warmup-lr", type=float, default=5e-5)
+    p.add_argument("--warmup-lr", type=float, default=5e-5, help="of both, falling to 0")
     p.add_argument("--teacher-steps", type=whole, help="steps of those trajectories (default: as --init plays)")
     p.add_argument("--teacher-cfg", type=float, help="guidance of those trajectories (default: as --init plays)")
     # reports
@@ -357,11 +357,11 @@ def main():
                  optimizers={phase: optimizer.state_dict() for phase, optimizer in optimizers.items()})
 
     # --- the loop: one phase's step at a time, all its accumulations, then its optimizer
-    recent, clock = deque(maxlen=PATIENCE), time.time()
+    recent, clock, spent = deque(maxlen=PATIENCE), time.time(), {phase: [] for phase in PHASES}
     bar = tqdm(total=args.d_warmup + args.g_warmup + args.steps, initial=sum(done.values()), file=sys.stderr, disable=None if not rank else True)
     try:
         while phase := next_phase(done, args):
-            sums = {}
+            sums, begun = {}, time.time()
             def add(**values):
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0) + value.detach().sum()
@@ -427,9 +427,12 @@ def main():
             optimizer, trained = optimizers[phase], players[phase]
             average_gradients(trained, world)
             norm = nn.utils.clip_grad_norm_(trained, args.clip)
+            if phase.startswith("warm"):                    # falls to zero: a warm-up ends settled, not shaken by its last batches
+                optimizer.param_groups[0]["lr"] = args.warmup_lr * (1 - done[phase] / (args.d_warmup if phase == "warm D" else args.g_warmup))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done[phase] += 1
+            spent[phase].append(time.time() - begun)
             step, game = sum(done.values()), done["D"] + done["G"]
             if phase.startswith("warm") and next_phase(done, args) != phase:
                 optimizer.state.clear()                     # it has served: twice the weights' memory
@@ -462,6 +465,7 @@ def main():
         bar.close()
         if world > 1:
             dist.destroy_process_group()
+    say(", ".join(f"{np.mean(seconds):.2f} s a step of {phase}" for phase, seconds in spent.items() if seconds) + f", {peak_memory(device)}")
     say(f"-> {args.out}; hear it with: python sample.py --ckpt {args.out} > out.wav")
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import LMDM, PRESETS, Conv1d, ConvTranspose1d, channels_last, schedule
-from sample import (Context, StreamingDecoder, decode_stream, denoise_block, device_of, has_bf16, keep_memory, prefetch, run, stream,
+from sample import (PRECISIONS, Context, Int8Linear, StreamingDecoder, decode_stream, denoise_block, device_of, has_bf16, keep_memory, prefetch, run, stream,
                     to_precision, whole)
 
 
@@ -61,7 +61,7 @@ def block_floor(model, cond, context, steps):
     c, x = model.config, torch.randn(1, model.config.latent_channels, model.config.block).to(cond.tokens)
     t, H, d = torch.tensor(0.5, device=x.device), model.config.heads, model.config.head_width
     context.append(x)
-    passes = [recorded(model.dit.layers, nn.Linear, lambda: context.predict(x, t)) for _ in range(2)]    # first step, later step
+    passes = [recorded(model.dit.layers, (nn.Linear, Int8Linear), lambda: context.predict(x, t)) for _ in range(2)]    # first step, later step
     attentions, zeros = [], model.dit.project_in.weight.new_zeros
     for calls in passes:
         n, cross = calls[0][1].shape[1], cond.tokens.shape[1]
@@ -71,7 +71,7 @@ def block_floor(model, cond, context, steps):
     def bare():
         for step in range(steps):
             for layer, y in passes[min(step, 1)]:
-                F.linear(y, layer.weight, layer.bias)
+                layer(y)
             for _ in range(c.depth):
                 for q, k in attentions[min(step, 1)]:
                     F.scaled_dot_product_attention(q, k, k)
@@ -135,7 +135,7 @@ def main():
     p.add_argument("--regime", nargs="+", choices=("causal", "encdec"), default=["causal", "encdec"])
     p.add_argument("--steps", nargs="+", type=whole, default=[8, 4])
     p.add_argument("--repeats", type=whole, default=5)
-    p.add_argument("--precision", nargs="+", choices=("float32", "bf16"), help="(default: float32, and bf16 where the hardware has it)")
+    p.add_argument("--precision", nargs="+", choices=PRECISIONS[1:], help="(default: float32, int8 on a CPU, and bf16 where the hardware has it)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
@@ -145,7 +145,7 @@ def main():
     keep_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
-    precisions = args.precision or ["float32"] + ["bf16"] * has_bf16(device)
+    precisions = args.precision or ["float32"] + ["int8"] * (device.type == "cpu") + ["bf16"] * has_bf16(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     print(f"torch {torch.__version__}, {device.type} ({name}), {torch.get_num_threads()} threads, seed {args.seed}, medians of {args.repeats}, ms")
     columns = ("step", "block", "floor", "outpaint", "decode", "decode floor", "whole", "x real time", "first")

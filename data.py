@@ -410,8 +410,9 @@ def main():
     parser.add_argument("--latents", help="folder for the latents (default: one of its own in out/latents)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    from sample import device_of, keep_memory, load
     torch.set_flush_denormal(True)
-    from sample import device_of, load
+    keep_memory()
     dataset = prepare(args.data, load(args.ckpt), args.latents, device_of(args.device))
     held_out = {t.name for t in dataset.validation}
     for track in dataset.tracks[:20]:

@@ -11,6 +11,7 @@ import contextlib
 import csv
 import math
 import os
+import resource
 import sys
 import time
 from datetime import timedelta
@@ -148,6 +149,14 @@ def precision_of(name, device):
     if choose_precision(name, device) == "bf16":
         return lambda: torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext
+
+
+def peak_memory(device):
+    """The most memory that this process has held so far, in words: on the GPU where it trains there."""
+    if device.type == "cuda":
+        return f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
+    unit = 1 if sys.platform == "darwin" else 1024          # of ru_maxrss
+    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
 
 
 def micro_rows(batch, accumulate, world, rank):
@@ -309,9 +318,10 @@ def main():
     draws = prefetch(draw_batch(dataset.train, c, args.batch, args.blocks, part, args.seed, n, args.shift)
                      for n in range(step, args.steps) for part in rows)
     bar, clock = tqdm(total=args.steps, initial=step, file=sys.stderr, disable=None if not rank else True), time.time()
+    tokens, made, spent = args.batch * ((c.context_blocks + 2 * args.blocks - 1) * c.block + args.blocks), 0, 0.0
     try:
         while step < args.steps:
-            total = 0.0
+            total, begun = 0.0, time.time()
             for _ in rows:
                 latents, prompts, noise, t, weights, kept = next(draws)
                 with precision():
@@ -326,7 +336,7 @@ def main():
                 group["lr"] = learning_rate(step, args)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            step += 1
+            step, made, spent = step + 1, made + 1, spent + time.time() - begun
             bar.update()
             if step % 10 == 0:
                 bar.set_postfix_str(f"loss {total.item():.4f}, gradient {norm.item():.2f}")
@@ -352,6 +362,7 @@ def main():
         bar.close()
         if world > 1:
             dist.destroy_process_group()
+    say(f"{made} steps of {tokens} tokens, {tokens * made / max(1e-9, spent):.0f} tokens/s, {peak_memory(device)}")
     say(f"-> {args.out}; hear it with: python sample.py --ckpt {args.out} > out.wav")
 
 

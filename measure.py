@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 import data
 from model import UserError
-from sample import SAMPLERS, decode_stream, default_checkpoint, device_of, keep_memory, load, pcm, run, sampling_settings, stream, whole
+from sample import (PRECISIONS, SAMPLERS, decode_stream, default_checkpoint, device_of, keep_memory, load, pcm, run, sampling_settings,
+                    stream, to_precision, whole)
 
 HOP = 512                                                   # samples between frames of the figures below
 
@@ -95,7 +96,7 @@ def read_split(folder, dataset, config, seconds, most):
     for tracks in (dataset.train, dataset.validation):
         excerpts = []
         for track in tracks[::max(1, len(tracks) // most)][:most]:
-            audio = torch.cat(list(data.read_audio(folder / track.name, config)), dim=1)
+            audio = torch.cat(list(data.read_audio(folder / track.name, config)), dim=1)[:, track.start * config.hop:track.stop * config.hop]
             start = max(0, (audio.shape[1] - n) // 2)
             excerpts.append(audio[:, start:start + n])
         sides.append(excerpts)
@@ -194,6 +195,7 @@ def main():
     p.add_argument("--keep", help="folder to keep the streams in, as FLAC")
     p.add_argument("--out", default="out/drift", help="name of the CSV and PNG of --drift, without suffix")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--precision", choices=PRECISIONS, default="float32")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
     args = p.parse_args()
     torch.set_flush_denormal(True)
@@ -203,8 +205,8 @@ def main():
     path = args.ckpt or default_checkpoint()
     model = load(path).to(device_of(args.device))
     dataset = data.prepare(args.data, model, device=args.device)    # the training's own split
-    prompts = [track.prompt for track in dataset.validation]
-    print(f"{path}: {model.stage}, {sampling_settings(model, args.steps, args.sampler, args.cfg)}", file=sys.stderr)
+    prompts, precision = [track.prompt for track in dataset.validation], to_precision(model, args.precision)
+    print(f"{path}: {model.stage}, {sampling_settings(model, args.steps, args.sampler, args.cfg)}, {precision}", file=sys.stderr)
     with torch.no_grad():
         (drift if args.drift else sound)(model, dataset, prompts, args)
 

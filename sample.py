@@ -84,6 +84,9 @@ def load(path, **overrides):
 
 
 # ------------------------------------------------------------------------------------------------ precision
+PRECISIONS = "auto", "float32", "bf16", "int8"
+
+
 def has_bf16(device):
     """Are bf16 matrix products faster than float32 here? On a CPU it takes AMX: with AVX-512 BF16 alone they were slower (0.6x)."""
     if device.type == "cuda":
@@ -92,18 +95,43 @@ def has_bf16(device):
 
 
 def choose_precision(name, device):
-    """"auto", "float32" or "bf16" -> "float32" or "bf16"."""
+    """"auto", "float32", "bf16" or "int8" -> one of the last three."""
     return name if name != "auto" else "bf16" if has_bf16(device) else "float32"
 
 
-def to_precision(model, name):
-    """What the DiT and the decoder play in. Returns the precision taken.
+class Int8Linear(nn.Module):
+    """A linear layer on a CPU in 8-bit integers: weights with a scale for each output channel, inputs with one scale, found
+    anew for each input (dynamic quantization). Sums are exact, in 32 bits; input and output are float32."""
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.abs().amax(dim=1).clamp(min=1e-8) / 127
+        weight = torch.quantize_per_channel(linear.weight, scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
+        self.reduce_range = not torch.cpu._is_vnni_supported()      # older CPUs add pairs of products in 16 bits: 7 bits for inputs
 
-    The sampler's state, rotary angles, frequencies, the conditioner and the encoder stay in float32."""
-    name = choose_precision(name, next(model.parameters()).device)
-    for layer in (*model.dit.modules(), *model.autoencoder.decoder.modules()) if name == "bf16" else ():
-        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d, nn.LayerNorm)):
-            layer.to(torch.bfloat16)
+    def forward(self, x):                                   # (..., in_features) -> (..., out_features)
+        return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
+
+
+@torch.no_grad()
+def to_precision(model, name):
+    """What the DiT and the decoder play in: in bf16 both, in int8 the linear layers of the DiT's blocks. Returns the precision taken.
+
+    The sampler's state, rotary angles, frequencies, the conditioner and the encoder stay in float32. UserError for int8 off the CPU."""
+    device = next(model.parameters()).device
+    name = choose_precision(name, device)
+    if name == "bf16":
+        for layer in (*model.dit.modules(), *model.autoencoder.decoder.modules()):
+            if isinstance(layer, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d, nn.LayerNorm)):
+                layer.to(torch.bfloat16)
+    if name == "int8":
+        if device.type != "cpu":
+            raise UserError(f"--precision int8 is for CPUs; on {device.type} take bf16")
+        for parent in list(model.dit.layers.modules()):
+            for child, layer in list(parent.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(parent, child, Int8Linear(layer))
     return name
 
 
@@ -451,7 +479,7 @@ def parse(argv=None):
     p.add_argument("--no-cache", action="store_true", help="recompute the whole context at every step: slow, the same music")
     # machine
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto", help="auto: bf16 where the hardware multiplies it faster")
+    p.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where the hardware multiplies it faster; int8: CPUs")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
     return p.parse_args(argv)
 

@@ -233,6 +233,41 @@ def test_bf16_is_float32_within_its_error(causal):
     assert rough.dtype == torch.float32 and 0 < (audio - rough).norm() / audio.norm() < 0.03
 
 
+def test_int8_layer_by_hand():
+    """Weights round to 127 steps a row, inputs to 127 or 255 steps of their range: an output is off by about a percent, and
+    inputs that are whole steps come out exact."""
+    linear = torch.nn.Linear(64, 48)
+    layer = sample.Int8Linear(linear)
+    x = torch.randn(2, 5, 64)
+    want, got = linear(x), layer(x)
+    assert got.shape == want.shape and 0 < (got - want).norm() / want.norm() < 0.03
+    with torch.no_grad():                                   # a row a hundred times smaller has a scale of its own
+        linear.weight[0] /= 100
+    want, got = linear(x)[..., 0] - linear.bias[0], sample.Int8Linear(linear)(x)[..., 0] - linear.bias[0]
+    assert (got - want).norm() / want.norm() < 0.03
+    with torch.no_grad():
+        linear.weight.copy_(torch.randint(-127, 128, linear.weight.shape)).T[0] = 127
+    exact = sample.Int8Linear(linear)
+    top = 64 if exact.reduce_range else 128
+    x = torch.randint(-top, top, (3, 64)).float()
+    x[0, :2] = torch.tensor([-top, top - 1.0])              # all of the range, so that a step is 1
+    assert (exact(x) - linear(x)).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_int8_is_float32_within_its_error(causal):
+    """Linear layers of the blocks, and they alone, run in integers; the same seed still gives the same stream and its start."""
+    model, low = tiny(causal=causal), tiny(causal=causal)
+    assert sample.to_precision(low, "int8") == "int8"
+    kinds = {name: type(m) for name, m in low.dit.named_modules() if name.endswith(("qkv", "up", "down", ".q", ".kv", ".out", "project_in", "context_in"))}
+    assert {kind for name, kind in kinds.items() if name.startswith("layers")} == {sample.Int8Linear}
+    assert {kinds["project_in"], kinds["context_in"]} == {torch.nn.Linear}
+    kw = dict(steps=2, sampler="euler", cfg=3.0)
+    a, b = (latents_of(m, condition(m), 6, **kw) for m in (model, low))
+    assert 0 < (a - b).norm() / a.norm() < 0.1
+    assert torch.equal(b[..., :a.shape[-1] // 2], latents_of(low, condition(low), 3, **kw))
+
+
 def test_cache_does_not_grow():
     model = tiny()
     context = sample.Context(model, model.dit.memory(condition(model)), torch.zeros(2, 8, 0))
