@@ -444,7 +444,7 @@ def pack(args):
         if not same or not (newest.encode(audio) - model.autoencoder.encode(audio)).abs().max() <= 1e-3:
             raise UserError(f"the encoder of {args.autoencoder} is not the one that {args.ckpt} was trained with")
         model.autoencoder.decoder = newest.decoder
-    model.sampling = dict(steps=args.steps, cfg=args.cfg, sampler=args.sampler, prompt=args.prompt)
+    model.sampling = dict(steps=args.steps, cfg=args.cfg, sampler=args.sampler, prompt=args.prompt, int8=args.int8)
     saved = read_checkpoint(args.ckpt)
     save(model, args.out, saved["step"], saved["made"], torch.float16)
     print(f"-> {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB", file=sys.stderr)
@@ -491,6 +491,7 @@ def main():
     s.add_argument("--steps", type=int, default=6)
     s.add_argument("--cfg", type=float, default=1.0)
     s.add_argument("--sampler", choices=SAMPLERS, default="dpmpp")
+    s.add_argument("--int8", action="store_true", help="recommend int8 on CPUs: measure.py --precision int8 gave the same figures")
     s.add_argument("--prompt", default="moderate arpeggios in C major on marimba")
     s.set_defaults(run=pack)
     args = p.parse_args()

@@ -256,16 +256,27 @@ def test_int8_layer_by_hand():
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_int8_is_float32_within_its_error(causal):
-    """Linear layers of the blocks, and they alone, run in integers; the same seed still gives the same stream and its start."""
+    """The layers meant to run in integers do, in every block; the same seed still gives the same stream and its start."""
     model, low = tiny(causal=causal), tiny(causal=causal)
     assert sample.to_precision(low, "int8") == "int8"
-    kinds = {name: type(m) for name, m in low.dit.named_modules() if name.endswith(("qkv", "up", "down", ".q", ".kv", ".out", "project_in", "context_in"))}
-    assert {kind for name, kind in kinds.items() if name.startswith("layers")} == {sample.Int8Linear}
-    assert {kinds["project_in"], kinds["context_in"]} == {torch.nn.Linear}
+    small = {name.split(".", 2)[2] for name, m in low.dit.named_modules() if isinstance(m, sample.Int8Linear)}
+    assert small == {"self_attention.qkv", "self_attention.out", "cross_attention.q", "cross_attention.out", "ff.up"}
     kw = dict(steps=2, sampler="euler", cfg=3.0)
     a, b = (latents_of(m, condition(m), 6, **kw) for m in (model, low))
-    assert 0 < (a - b).norm() / a.norm() < 0.1
+    assert 0 < (a - b).norm() / a.norm() < 0.05
     assert torch.equal(b[..., :a.shape[-1] // 2], latents_of(low, condition(low), 3, **kw))
+
+
+def test_precision_is_chosen_by_asking_the_hardware(monkeypatch):
+    """int8 in addition takes a checkpoint for which somebody found that it changes nothing."""
+    for amx, avx2, recommended, chosen in ((True, True, True, "bf16"), (False, True, True, "int8"), (False, True, False, "float32"),
+                                           (False, False, True, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
+        model = tiny()
+        model.sampling["int8"] = recommended
+        assert sample.to_precision(model, "auto") == chosen
+        assert sample.to_precision(tiny(), "float32") == sample.choose_precision("float32", torch.device("cpu")) == "float32"
 
 
 def test_cache_does_not_grow():
@@ -431,7 +442,7 @@ def test_command_line_wav(tiny_file, tmp_path, call):
 
 
 def test_streamed_file_is_the_latents_decoded_at_once(tiny_file, tmp_path, call):
-    assert call(sample.main, "--ckpt", tiny_file, "--seconds", 0.4, "--seed", 5, "--out", "a.wav")[0] == 0
+    assert call(sample.main, "--ckpt", tiny_file, "--seconds", 0.4, "--seed", 5, "--precision", "float32", "--out", "a.wav")[0] == 0
     model = sample.load(tiny_file)
     latents = latents_of(model, condition(model, "slow piano"), 100, seed=5)
     whole = sample.pcm(model.autoencoder.decode(latents))[:17640]
@@ -441,7 +452,7 @@ def test_streamed_file_is_the_latents_decoded_at_once(tiny_file, tmp_path, call)
 def test_priming_continues_the_recording(tiny_file, tmp_path, music, call):
     """--prime: blocks made after the recording's own latents, decoded over the join."""
     track = music / "tone 0.wav"
-    assert call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2, "--prime", track, "--out", "a.wav")[0] == 0
+    assert call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2, "--prime", track, "--precision", "float32", "--out", "a.wav")[0] == 0
     model = sample.load(tiny_file)
     prime = data.encode_file(model, track)[None]
     latents = latents_of(model, condition(model, "slow piano"), 100, prime=prime)
