@@ -254,7 +254,7 @@ def start_model(args):
     overrides = {k: getattr(args, k) for k in ("causal", "block", "context_blocks") if getattr(args, k) is not None}
     if args.init != "none":
         model = load(args.init, **overrides)
-        keep = model.sampling if model.stage == "finetune" else {}
+        keep = model.sampling if model.stage == "finetune" else model.sampling.get("finetuned", {})
         if model.stage == "autoencoder":                    # an autoencoder alone: its other weights say nothing yet
             fresh = LMDM(model.config)
             fresh.autoencoder = model.autoencoder

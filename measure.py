@@ -144,10 +144,10 @@ def sound(model, dataset, prompts, args):
 
 
 def drift(model, dataset, prompts, args):
-    """The distance to held-out recordings, ten seconds at a time, over all seeds; its gap and slope; CSV and PNG."""
-    rate, seconds, window = model.config.sample_rate, args.seconds or 120, 10
-    if seconds < window:
-        raise UserError(f"--seconds {seconds} is shorter than the {window} s that --drift looks at together")
+    """The distance to held-out recordings, `--window` seconds at a time, over all seeds; its gap and slope; CSV and PNG."""
+    rate, seconds, window = model.config.sample_rate, args.seconds or 120, args.window
+    if seconds < 2 * window:
+        raise UserError(f"--seconds {seconds} is less than two of the {window} s that --drift looks at together (--window)")
     _, held_out = read_split(Path(args.data), dataset, model.config, 60, args.excerpts)
     reference = torch.cat([features(a, rate) for a in held_out])
     made, rows = make_streams(model, prompts, seconds, args), []
@@ -186,6 +186,7 @@ def main():
     p.add_argument("--ckpt", help="checkpoint (default: as sample.py)")
     p.add_argument("--drift", action="store_true", help="follow the distance over time instead of printing figures")
     p.add_argument("--seconds", type=whole, help="length of each stream (default: 30, with --drift 120)")
+    p.add_argument("--window", type=whole, default=10, help="seconds that --drift looks at together")
     p.add_argument("--seeds", type=whole, default=8, help="number of streams")
     p.add_argument("--excerpts", type=whole, default=40, help="recordings of each side of the split, at most")
     p.add_argument("--steps", type=whole)

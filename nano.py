@@ -6,7 +6,9 @@
         --lr 1e-3 --lr-end 1e-5 --warmup 100 --shift 1.5
     python arc_forcing.py --init out/nano.pt --base none --rollout 4 --most 4 --steps 300 --batch 16 --lr 1e-5 --d-lr 2e-5 \
         --d-warmup 150 --warmup-lr 2e-4 --no-remat
-    python nano.py pack --arc out/arc.pt --autoencoder out/nano_ae.pt   # float16, with the sampling defaults -> nano.pt
+    python nano.py pack --arc out/arc.pt --share 0.15 --steps 6 --autoencoder out/nano_ae.pt    # float16 -> nano.pt
+
+What ships went on from there, by one more round with a guided teacher ("The shipped model" in the README).
 
 A GPU needs ten minutes for it; two CPU cores, with smaller batches and `OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 nano.py
 autoencoder --threads 1`, an afternoon.
@@ -48,6 +50,7 @@ TEXTURES = {"chorale": {"slow": 48, "moderate": 32, "fast": 24}, "arpeggios": {"
 HOP, RATE = PRESETS["nano"].hop, PRESETS["nano"].sample_rate
 PATTERNS = (0, 1, 2, 3), (3, 2, 1, 0), (0, 2, 1, 2), (0, 3, 1, 2)     # of an arpeggio's four notes a beat, 0 the lowest
 PITCHES, NOTE_SECONDS = range(28, 100), 5
+AFTER_FINETUNING = dict(steps=16, cfg=4.5, sampler="euler")    # what a model finetuned from nano.pt plays best with: it needs guidance
 NOTES = {}                                                  # {instrument: {pitch: int16 (samples, 2)}}, in each worker
 
 
@@ -433,7 +436,7 @@ def pack(args):
     """Half the size, the newest decoder, and what `sample.py` should do when nothing is said -> `nano.pt`."""
     model = load(args.ckpt)
     if args.arc:
-        forced = load(args.arc)
+        forced, model.stage = load(args.arc), "arc"
         if [p.shape for p in forced.parameters()] != [p.shape for p in model.parameters()]:
             raise UserError(f"{args.arc} has other sizes than {args.ckpt}: it cannot have been trained from it")
         blend(model, forced, args.share)
@@ -444,9 +447,9 @@ def pack(args):
         if not same or not (newest.encode(audio) - model.autoencoder.encode(audio)).abs().max() <= 1e-3:
             raise UserError(f"the encoder of {args.autoencoder} is not the one that {args.ckpt} was trained with")
         model.autoencoder.decoder = newest.decoder
-    model.sampling = dict(steps=args.steps, cfg=args.cfg, sampler=args.sampler, prompt=args.prompt, int8=args.int8)
+    model.sampling = dict(steps=args.steps, cfg=args.cfg, sampler=args.sampler, prompt=args.prompt, int8=args.int8, finetuned=AFTER_FINETUNING)
     saved = read_checkpoint(args.ckpt)
-    save(model, args.out, saved["step"], saved["made"], torch.float16)
+    save(model, args.out, saved["step"], f"{saved['made']}; {' '.join(['nano.py', *sys.argv[1:]])}", torch.float16)
     print(f"-> {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB", file=sys.stderr)
 
 
@@ -486,9 +489,9 @@ def main():
     s.add_argument("--ckpt", default="out/nano.pt")
     s.add_argument("--autoencoder", help="checkpoint to take the decoder from, where it was trained on after the DiT")
     s.add_argument("--arc", help="ARC-forced checkpoint that --ckpt was trained to, to go part of the way to")
-    s.add_argument("--share", type=float, default=0.15, help="of that way")
+    s.add_argument("--share", type=float, default=0.2, help="of that way")
     s.add_argument("--out", default="nano.pt")
-    s.add_argument("--steps", type=int, default=6)
+    s.add_argument("--steps", type=int, default=4)
     s.add_argument("--cfg", type=float, default=1.0)
     s.add_argument("--sampler", choices=SAMPLERS, default="dpmpp")
     s.add_argument("--int8", action="store_true", help="recommend int8 on CPUs: measure.py --precision int8 gave the same figures")

@@ -1,4 +1,5 @@
 """Everything that must always hold. Tiny random models, no network, no timing: python -m pytest -q"""
+import argparse
 import contextlib
 import csv
 import importlib
@@ -383,7 +384,11 @@ def test_pack_takes_a_newer_decoder(tmp_path, call):
     status, err = call(nano.main, "pack", "--ckpt", "model.pt", "--arc", "smaller.pt", "--out", "no.pt")
     assert status == 2 and "other sizes" in err and not (tmp_path / "no.pt").exists()
     mixed = 0.75 * model.dit.project_in.weight + 0.25 * forced.dit.project_in.weight
-    assert torch.allclose(sample.load(tmp_path / "packed.pt").dit.project_in.weight, mixed, atol=1e-3)
+    packed = sample.load(tmp_path / "packed.pt")
+    assert torch.allclose(packed.dit.project_in.weight, mixed, atol=1e-3)
+    assert packed.stage == "arc"                            # what is finetuned from it is not, and plays with guidance again
+    args = argparse.Namespace(init=tmp_path / "packed.pt", causal=None, block=None, context_blocks=None)
+    assert sample.sampling_settings(finetune.start_model(args)) == nano.AFTER_FINETUNING
 
 
 def test_prefetch():
@@ -650,10 +655,10 @@ def test_accumulation_checkpointing_and_processes_change_nothing(tiny_file, musi
 
 # ------------------------------------------------------------------------------------------------ the README
 def readme_commands():
-    """Every line of the README's shell blocks that runs one of our scripts; what it is piped into is not ours."""
+    """Every line of the README's shell blocks that runs one of our scripts or copies a file; what it is piped into is not ours."""
     blocks = re.findall(r"^```sh\n(.*?)^```", (HERE / "README.md").read_text(), re.S | re.M)
     lines = [re.sub(r"^OMP_NUM_THREADS=\d+ ", "", part.strip()) for block in blocks for line in block.replace("\\\n", " ").splitlines() for part in line.split("&&")]
-    return [re.sub(r"\s*[|>].*", "", line) for line in lines if re.match(r"(python|torchrun \S+) \w+\.py", line)]
+    return [re.sub(r"\s*[|>].*", "", line) for line in lines if re.match(r"(python|torchrun \S+) \w+\.py|cp ", line)]
 
 
 def test_readme_commands(tmp_path, music, call, monkeypatch):
@@ -666,19 +671,22 @@ def test_readme_commands(tmp_path, music, call, monkeypatch):
     shutil.copytree(GOLDEN / "sao_small_tiny", tmp_path / "path/to/stable-audio-open-small")
     shutil.copy(music / "tone 0.wav", tmp_path / "my_song.ogg")
     smaller = [(r"--seconds \S+", "--seconds 0.2"), (r"--(steps|batch|rollout) \d+", r"--\1 2"), (r"--accumulate \d+", ""),
-               (r"--(d-)?warmup \d+", r"--\1warmup 1"), (r"out/nano_ae.pt", "nano.pt")]
+               (r"--([dg]-)?warmup \d+", r"--\1warmup 1"), (r"out/nano_ae.pt", "nano.pt")]
     more = {"finetune": " --sample-every 0 --validation-crops 2 --blocks 1 --threads 1", "arc_forcing": " --d-warmup 1 --sample-every 0 --batch 2 --steps 2 --most 2",
             "sample": " --out played.wav", "measure": " --seeds 1 --seconds 3",
             "bench": " --repeats 1 --threads 2"}
     commands, ran = readme_commands(), set()
     assert len(commands) > 10
     for command in commands:
+        if command.startswith("cp "):
+            shutil.copy(*(tmp_path / name for name in command.split()[1:]))
+            continue
         name = re.search(r"(\w+)\.py", command)[1]
         if name == "nano" and not re.search(r"nano.py (pack|evaluate)", command):
             command = re.sub(r".*nano.py (\w+)", r"python nano.py \1 --help ", command)
         for pattern, small_ in smaller:
             command = re.sub(pattern, small_, command)
-        runner, *words = shlex.split(command + more.get(name, "") * ("--help" not in command))
+        runner, *words = shlex.split(command + more.get(name, "") * ("--help" not in command) + " --window 1" * ("--drift" in command))
         if runner == "torchrun":
             words[words.index(f"{name}.py")] = str(HERE / f"{name}.py")
             done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words, "--init", "nano.pt"], cwd=tmp_path, capture_output=True, text=True)
