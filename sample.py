@@ -24,6 +24,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from model import (LMDM, Cond, Config, Conv1d, ConvTranspose1d, ResidualUnit, UserError, add_noise, alpha_sigma, channels_last, denoise,
@@ -62,6 +63,14 @@ def read_checkpoint(path):
     return saved
 
 
+class Unfilled(TorchFunctionMode):
+    """Modules made under it get no first weights: they are about to be loaded, and random numbers on "meta" import a compiler."""
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
+
+
 def load(path, **overrides):
     """Read this project's checkpoint -> model in eval mode, float32, CPU. overrides: Config fields.
 
@@ -71,7 +80,7 @@ def load(path, **overrides):
         config = Config.from_dict({**saved["config"], **overrides})
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    with torch.device("meta"):                              # no time lost on random weights
+    with torch.device("meta"), Unfilled():
         model = LMDM(config, saved["stage"], saved.get("sampling"))
     want, have = model.state_dict(), saved["weights"]
     wrong = [f"{k} missing" for k in want if k not in have] + [f"{k} unknown" for k in have if k not in want]
@@ -180,8 +189,9 @@ class Context:
 
     def run(self, x=None, t=None):
         """One pass over [pending | x | its timestep token] -> v, and the keys and values of pending."""
-        copies = lambda y: None if y is None else y.repeat(len(self.memory.global_) // len(y), 1, 1)    # guidance: 2
-        t = None if t is None else t.expand(len(self.memory.global_), 1)
+        batch = len(self.memory.global_)
+        copies = lambda y: y if y is None or len(y) == batch else y.repeat(batch // len(y), 1, 1)   # guidance: 2
+        t = None if t is None else t.expand(batch, 1)
         v, new = self.model.dit.blocks(self.memory, copies(x), t, () if x is None else (self.index,),
                                        copies(self.pending), self.pending_index, self.kv, self.kv_index)
         return None if v is None else v.float(), new        # in bf16 the network runs, not the sampler
@@ -564,11 +574,11 @@ def main():
     if device.type == "cpu":                                # half of the cores make blocks, half turn them into sound
         torch.set_num_threads((threads + 1) // 2)
     model = load(path).to(device)
-    precision = to_precision(model, args.precision)
+    parameters, precision = sum(p.numel() for p in model.dit.parameters()), to_precision(model, args.precision)
     c, samples = model.config, None if math.isinf(args.seconds) else round(args.seconds * model.config.sample_rate)
     say = lambda text: print(text, file=sys.stderr)
     say(f"{path}: {model.stage}, {'block-causal' if c.causal else 'encoder-decoder'}, DiT "
-        f"{sum(p.numel() for p in model.dit.parameters()) / 1e6:.1f} M, {args.device}, {threads} threads, {precision}")
+        f"{parameters / 1e6:.1f} M, {args.device}, {threads} threads, {precision}")
     pieces, plan = audio_of(model, args, samples)
     say(plan)
     writer = open_output(args.out, c.sample_rate, c.audio_channels, samples)

@@ -495,6 +495,13 @@ def test_save_and_load(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_loading_fills_no_weights_first(tiny_file):
+    """... which on the meta device would import a compiler, a second and more before the first audio."""
+    line = f"import sys, sample; sample.load({str(tiny_file)!r}); print('sympy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", line], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def test_presets_round_trip_and_geometry():
     for config in PRESETS.values():
         assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
