@@ -335,8 +335,8 @@ def main():
         done = dict(saved["done"])
         for phase, optimizer in optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][phase])
-            for group in optimizer.param_groups:            # one given anew counts
-                group["lr"] = rates[phase]
+            if not phase.startswith("warm"):                # one given anew counts; a warm-up's is set at each step
+                optimizer.param_groups[0]["lr"] = rates[phase]
         del saved
     teacher = None
     if done["warm G"] < args.g_warmup:

@@ -1557,6 +1557,8 @@ def test_arc_kill_and_resume_equals_unbroken(finetuned, call):
         assert same(a[key], b[key]), key
     assert a["stage"] == "arc" and a["sampling"]["steps"] == 3 and not a["config"]["causal"]
     assert a["optimizers"]["G"]["state"] and a["optimizers"]["D"]["state"] and not a["optimizers"]["warm D"]["state"]
+    rate = {phase: optimizer["param_groups"][0]["lr"] for phase, optimizer in a["optimizers"].items()}
+    assert rate == {"warm D": pytest.approx(5e-5 / 2), "warm G": pytest.approx(5e-5), "D": 1e-3, "G": 1e-4}     # warm-ups fall
     start = torch.load(finetuned / "out" / "finetune.pt", weights_only=True)["weights"]
     moved = {k for k in start if not torch.equal(start[k], a["weights"][k])}
     assert moved and not any(k.startswith("autoencoder") or k == "dit.context_in.weight" for k in moved)
