@@ -11,7 +11,6 @@ import contextlib
 import csv
 import math
 import os
-import resource
 import sys
 import time
 from datetime import timedelta
@@ -155,6 +154,10 @@ def peak_memory(device):
     """The most memory that this process has held so far, in words: on the GPU where it trains there."""
     if device.type == "cuda":
         return f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
+    try:
+        import resource
+    except ImportError:                                     # Windows
+        return "peak memory not known here"
     unit = 1 if sys.platform == "darwin" else 1024          # of ru_maxrss
     return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
 

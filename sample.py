@@ -104,7 +104,7 @@ def has_bf16(device):
 
 
 def has_int8(device):
-    """Does this CPU multiply 8-bit integers faster than float32? With AVX2 alone about twice as fast, with VNNI more."""
+    """Does this CPU multiply 8-bit integers faster than float32? With AVX2 alone they were twice as fast."""
     return device.type == "cpu" and torch.cpu._is_avx2_supported()
 
 

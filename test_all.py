@@ -237,6 +237,7 @@ def test_bf16_is_float32_within_its_error(causal):
 def test_int8_layer_by_hand():
     """Weights round to 127 steps a row, inputs to 127 or 255 steps of their range: an output is off by about a percent, and
     inputs that are whole steps come out exact."""
+    torch.manual_seed(0)
     linear = torch.nn.Linear(64, 48)
     layer = sample.Int8Linear(linear)
     x = torch.randn(2, 5, 64)
@@ -245,7 +246,7 @@ def test_int8_layer_by_hand():
     with torch.no_grad():                                   # a row a hundred times smaller has a scale of its own
         linear.weight[0] /= 100
     want, got = linear(x)[..., 0] - linear.bias[0], sample.Int8Linear(linear)(x)[..., 0] - linear.bias[0]
-    assert (got - want).norm() / want.norm() < 0.03
+    assert (got - want).norm() / want.norm() < 0.05         # with one scale for all rows: 0.2 to 0.7
     with torch.no_grad():
         linear.weight.copy_(torch.randint(-127, 128, linear.weight.shape)).T[0] = 127
     exact = sample.Int8Linear(linear)
