@@ -118,7 +118,6 @@ class Int8Linear(nn.Module):
     anew for each input (dynamic quantization). Sums are exact, in 32 bits; input and output are float32."""
     def __init__(self, linear):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
         scale = linear.weight.abs().amax(dim=1).clamp(min=1e-8) / 127
         weight = torch.quantize_per_channel(linear.weight, scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
@@ -135,9 +134,10 @@ def to_precision(model, name):
     auto takes int8 only for a checkpoint that recommends it. The sampler's state, rotary angles, frequencies, the conditioner
     and the encoder stay in float32. UserError for int8 off the CPU."""
     device = next(model.parameters()).device
-    if name == "auto" and model.sampling.get("int8") and has_int8(device) and not has_bf16(device):
-        name = "int8"
+    recommended = name == "auto" and model.sampling.get("int8") and has_int8(device)
     name = choose_precision(name, device)
+    if recommended and name == "float32":
+        name = "int8"
     if name == "bf16":
         for layer in (*model.dit.modules(), *model.autoencoder.decoder.modules()):
             if isinstance(layer, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d, nn.LayerNorm)):
