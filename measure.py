@@ -119,6 +119,17 @@ def make_streams(model, prompts, seconds, args):
     return out
 
 
+def by_chance(recordings, reference, count, samples, rate, draws=20):
+    """What real music gets where `count` streams are judged by a few seconds of each: distances of random excerpts of
+    `samples` of as many recordings (as many as there are) to the reference's frames."""
+    rng, distances = np.random.default_rng(0), []
+    for _ in range(draws):
+        chosen = [recordings[i] for i in rng.permutation(len(recordings))[:count]]
+        starts = [rng.integers(max(0, a.shape[1] - samples), endpoint=True) for a in chosen]
+        distances.append(frechet(torch.cat([features(a[:, start:start + samples], rate) for a, start in zip(chosen, starts)]), reference))
+    return distances
+
+
 def sound(model, dataset, prompts, args):
     """Print the figures of 30 s streams beside those of training and held-out recordings.
 
@@ -148,7 +159,7 @@ def drift(model, dataset, prompts, args):
     rate, seconds, window = model.config.sample_rate, args.seconds or 120, args.window
     if seconds < 2 * window:
         raise UserError(f"--seconds {seconds} is less than two of the {window} s that --drift looks at together (--window)")
-    _, held_out = read_split(Path(args.data), dataset, model.config, 60, args.excerpts)
+    train, held_out = read_split(Path(args.data), dataset, model.config, 60, args.excerpts)
     reference = torch.cat([features(a, rate) for a in held_out])
     made, rows = make_streams(model, prompts, seconds, args), []
     for start in range(0, int(seconds) - window + 1, window):
@@ -163,6 +174,8 @@ def drift(model, dataset, prompts, args):
     for row in rows:
         print(f"{row['second']:4d} s  distance {row['distance']:8.1f}  latents {row['latent_std']:.3f}  clipped {100 * row['clipped']:.4f} %")
     print(f"mean {curve.mean():.1f}, last 15 % - first 15 %: {gap:+.1f}, slope over 2 minutes: {slope:+.1f}, {len(made)} streams")
+    alike = by_chance(train, reference, len(made), window * rate, rate)
+    print(f"{window} s of {len(made)} training recordings: distance {np.mean(alike):.1f}, standard deviation {np.std(alike):.1f} over {len(alike)} draws")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{args.out}.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0])

@@ -28,6 +28,7 @@ import torchaudio
 import arc_forcing
 import data
 import finetune
+import measure
 import nano
 import sample
 import stable_audio_port as port
@@ -1625,3 +1626,41 @@ def test_the_base_is_the_public_model_that_finetuning_began_with(tiny_file, musi
         args = arc_forcing.parser().parse_args(["--init", str(tmp_path / "ft.pt")])
         arc_forcing.fill_in(args)
         assert (args.data, args.base) == ("music", expected)
+
+
+# ------------------------------------------------------------------------------------------------ what music is measured by
+def test_frechet_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 3, generator=generator, dtype=torch.float64)
+    x = torch.linalg.qr(x - x.mean(0))[0] * math.sqrt(499)                                  # mean 0, covariance exactly 1
+    a, b = x * torch.tensor([1.0, 2, 3]) + torch.tensor([0.0, 0, 5]), x.flip(0) * torch.tensor([4.0, 2, 1]) - torch.tensor([2.0, 0, 0])
+    assert measure.frechet(a, b) == pytest.approx(2 ** 2 + 5 ** 2 + (1 - 4) ** 2 + (3 - 1) ** 2, rel=1e-6)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0]  # covariances no longer diagonal
+    assert measure.frechet(a @ turn, b @ turn) == pytest.approx(42, rel=1e-6)
+    assert measure.frechet(a, a) == pytest.approx(0, abs=1e-6) and measure.frechet(a, b) == pytest.approx(measure.frechet(b, a))
+
+
+def notes(*pitches, each=0.5, rate=44100):
+    """Decaying sines, one after another: (2, n)."""
+    t = torch.arange(round(each * rate)) / rate
+    return torch.cat([0.3 * torch.exp(-6 * t) * torch.sin(2 * math.pi * 440 * 2 ** (p / 12) * t) for p in pitches]).repeat(2, 1)
+
+
+def test_onsets_and_chroma():
+    assert measure.onsets_per_second(notes(0, 3, 7, 12, 0, 3, 7, 12), 44100) == pytest.approx(2, abs=0.26)      # half a second each
+    assert measure.onsets_per_second(notes(*range(12), each=0.25), 44100) == pytest.approx(4, abs=0.35)
+    assert measure.onsets_per_second(torch.zeros(2, 88200), 44100) == 0
+    assert measure.chroma_change(notes(*[0] * 20), 44100) < 0.02
+    assert measure.chroma_change(notes(*[0, 12, -12, 0] * 5), 44100) < 0.02                                     # octaves are one pitch class
+    assert measure.chroma_change(notes(*([0] * 4 + [6] * 4) * 3), 44100) > 0.8                                  # the chord of two seconds ago is gone
+
+
+def test_distance_by_chance():
+    alike = [notes(0, 3, 7, 12, each=each) for each in (0.3, 0.4, 0.5)]
+    quiet = [0.1 * a for a in alike]
+    reference = torch.cat([measure.features(a, 44100) for a in alike])
+    whole = measure.by_chance(alike, reference, 3, 10 ** 6, 44100, draws=2)
+    assert max(whole) < 1e-3                                                                # all recordings, whole: the reference itself
+    some = measure.by_chance(alike, reference, 2, 22050, 44100, draws=6)
+    assert len(set(some)) > 3 and some == measure.by_chance(alike, reference, 2, 22050, 44100, draws=6)
+    assert min(measure.by_chance(quiet, reference, 3, 10 ** 6, 44100, draws=2)) > 1000      # 20 dB in 64 bands
