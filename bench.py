@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import LMDM, PRESETS, Conv1d, ConvTranspose1d, channels_last, schedule
-from sample import (PRECISIONS, Context, Int8Linear, StreamingDecoder, decode_stream, denoise_block, device_of, has_bf16, keep_memory, prefetch, run, stream,
-                    to_precision, whole)
+from sample import (PRECISIONS, Context, Int8Linear, StreamingDecoder, decode_stream, denoise_block, device_of, has_bf16, keep_memory, prefetch, run,
+                    side_by_side, stream, to_precision, whole)
 
 
 def medians(jobs, repeats, device):
@@ -116,7 +116,7 @@ def row(preset, causal, steps, args, device, precision):
 
     threads, played, n = torch.get_num_threads(), [], args.repeats + 1
     blocks = stream(model, cond, blocks=n, steps=steps, sampler="pingpong", cfg=1)
-    if device.type == "cpu" and threads > 1:                # as sample.py does
+    if side_by_side(model, threads):                        # as sample.py does
         torch.set_num_threads((threads + 1) // 2)
         blocks = prefetch(blocks)
     start = time.perf_counter()

@@ -384,6 +384,14 @@ def prefetch(items):
         thread.join()
 
 
+def side_by_side(model, threads):
+    """Should half of the CPU's cores make blocks while the other half turns them into sound?
+
+    Yes where layers are too short to be split among all cores. Those of a large network are not, and the half that is done
+    first would only wait: one block of Stable Audio Open Small in 1 to 4 steps took 1.3 to 1.6 times longer so."""
+    return next(model.parameters()).device.type == "cpu" and threads > 1 and model.config.width <= 512
+
+
 # ------------------------------------------------------------------------------------------------ output
 class WavWriter:
     """16-bit PCM WAV to an open binary file, a pipe included. samples None: length unknown, mended at close if seekable."""
@@ -524,8 +532,10 @@ def make_cond(model, args, numbers):
     return model.conditioner(embeddings[row:row + 1].float().to(args.device), **numbers), prompts[row]
 
 
-def audio_of(model, args, samples):
-    """The audio pieces (1, 2, n) that the arguments ask for, at least `samples` of them, and a line about the plan."""
+def audio_of(model, args, samples, together):
+    """The audio pieces (1, 2, n) that the arguments ask for, at least `samples` of them, and a line about the plan.
+
+    together: make blocks while others are decoded."""
     c, prime = model.config, None
     settings = sampling_settings(model, args.steps, args.sampler, args.cfg)
     plan = f"{settings['steps']} {settings['sampler']} steps, guidance {settings['cfg']:g}"
@@ -548,7 +558,7 @@ def audio_of(model, args, samples):
     # whole blocks, and the decoder's reach beyond the end: so a shorter stream is exactly the start of a longer one
     blocks = None if samples is None else math.ceil((samples / c.hop + c.decoder_margin) / c.block)
     latents = stream(model, cond, blocks=blocks, prime=prime, use_cache=not args.no_cache, **options)
-    if args.device == "cpu":
+    if together:
         latents = prefetch(latents)
     if prime is None:
         pieces = decode_stream(model.autoencoder, latents)
@@ -571,15 +581,16 @@ def main():
     torch.set_flush_denormal(True)
     keep_memory()
     path, device, threads = args.ckpt or default_checkpoint(), device_of(args.device), args.threads or torch.get_num_threads()
-    if device.type == "cpu":                                # half of the cores make blocks, half turn them into sound
-        torch.set_num_threads((threads + 1) // 2)
     model = load(path).to(device)
+    together = side_by_side(model, threads)
+    if device.type == "cpu":
+        torch.set_num_threads((threads + 1) // 2 if together else threads)
     parameters, precision = sum(p.numel() for p in model.dit.parameters()), to_precision(model, args.precision)
     c, samples = model.config, None if math.isinf(args.seconds) else round(args.seconds * model.config.sample_rate)
     say = lambda text: print(text, file=sys.stderr)
     say(f"{path}: {model.stage}, {'block-causal' if c.causal else 'encoder-decoder'}, DiT "
         f"{parameters / 1e6:.1f} M, {args.device}, {threads} threads, {precision}")
-    pieces, plan = audio_of(model, args, samples)
+    pieces, plan = audio_of(model, args, samples, together)
     say(plan)
     writer = open_output(args.out, c.sample_rate, c.audio_channels, samples)
     first = begun = clipped = written = 0                   # begun: samples in the first piece, out after `first` seconds

@@ -393,6 +393,11 @@ def test_pack_takes_a_newer_decoder(tmp_path, call):
     assert sample.sampling_settings(finetune.start_model(args)) == nano.AFTER_FINETUNING
 
 
+def test_side_by_side():
+    """Making and decoding blocks share the cores only where there are two to share, and layers are small."""
+    assert sample.side_by_side(tiny(), 2) and not sample.side_by_side(tiny(), 1) and not sample.side_by_side(tiny(width=576, heads=9), 2)
+
+
 def test_prefetch():
     """The same items, made in another thread; its exceptions arrive too."""
     def items():
@@ -1640,23 +1645,23 @@ def test_frechet_by_hand():
     assert measure.frechet(a, a) == pytest.approx(0, abs=1e-6) and measure.frechet(a, b) == pytest.approx(measure.frechet(b, a))
 
 
-def notes(*pitches, each=0.5, rate=44100):
+def melody(*pitches, each=0.5, rate=44100):
     """Decaying sines, one after another: (2, n)."""
     t = torch.arange(round(each * rate)) / rate
     return torch.cat([0.3 * torch.exp(-6 * t) * torch.sin(2 * math.pi * 440 * 2 ** (p / 12) * t) for p in pitches]).repeat(2, 1)
 
 
 def test_onsets_and_chroma():
-    assert measure.onsets_per_second(notes(0, 3, 7, 12, 0, 3, 7, 12), 44100) == pytest.approx(2, abs=0.26)      # half a second each
-    assert measure.onsets_per_second(notes(*range(12), each=0.25), 44100) == pytest.approx(4, abs=0.35)
+    assert measure.onsets_per_second(melody(0, 3, 7, 12, 0, 3, 7, 12), 44100) == pytest.approx(2, abs=0.26)      # half a second each
+    assert measure.onsets_per_second(melody(*range(12), each=0.25), 44100) == pytest.approx(4, abs=0.35)
     assert measure.onsets_per_second(torch.zeros(2, 88200), 44100) == 0
-    assert measure.chroma_change(notes(*[0] * 20), 44100) < 0.02
-    assert measure.chroma_change(notes(*[0, 12, -12, 0] * 5), 44100) < 0.02                                     # octaves are one pitch class
-    assert measure.chroma_change(notes(*([0] * 4 + [6] * 4) * 3), 44100) > 0.8                                  # the chord of two seconds ago is gone
+    assert measure.chroma_change(melody(*[0] * 20), 44100) < 0.02
+    assert measure.chroma_change(melody(*[0, 12, -12, 0] * 5), 44100) < 0.02                                     # octaves are one pitch class
+    assert measure.chroma_change(melody(*([0] * 4 + [6] * 4) * 3), 44100) > 0.8                                  # the chord of two seconds ago is gone
 
 
 def test_distance_by_chance():
-    alike = [notes(0, 3, 7, 12, each=each) for each in (0.3, 0.4, 0.5)]
+    alike = [melody(0, 3, 7, 12, each=each) for each in (0.3, 0.4, 0.5)]
     quiet = [0.1 * a for a in alike]
     reference = torch.cat([measure.features(a, 44100) for a in alike])
     whole = measure.by_chance(alike, reference, 3, 10 ** 6, 44100, draws=2)
