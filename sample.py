@@ -388,7 +388,7 @@ def side_by_side(model, threads):
     """Should half of the CPU's cores make blocks while the other half turns them into sound?
 
     Yes where layers are too short to be split among all cores. Those of a large network are not, and the half that is done
-    first would only wait: one block of Stable Audio Open Small in 1 to 4 steps took 1.3 to 1.6 times longer so."""
+    first would only wait: Stable Audio Open Small (int8, 2 cores) then played 4 steps at 0.60 times real time, not 0.74."""
     return next(model.parameters()).device.type == "cpu" and threads > 1 and model.config.width <= 512
 
 
