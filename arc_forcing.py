@@ -245,7 +245,7 @@ def parser():
     # machine
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto")
-    p.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True, help="activation checkpointing in D: less memory, a third slower")
+    p.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True, help="activation checkpointing in D: less memory, slower")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
     return p
 
