@@ -175,7 +175,7 @@ def drift(model, dataset, prompts, args):
         print(f"{row['second']:4d} s  distance {row['distance']:8.1f}  latents {row['latent_std']:.3f}  clipped {100 * row['clipped']:.4f} %")
     print(f"mean {curve.mean():.1f}, last 15 % - first 15 %: {gap:+.1f}, slope over 2 minutes: {slope:+.1f}, {len(made)} streams")
     alike = by_chance(train, reference, len(made), window * rate, rate)
-    print(f"{window} s of {len(made)} training recordings: distance {np.mean(alike):.1f}, standard deviation {np.std(alike):.1f} over {len(alike)} draws")
+    print(f"{window} s of {min(len(train), len(made))} training recordings: distance {np.mean(alike):.1f}, standard deviation {np.std(alike):.1f} over {len(alike)} draws")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{args.out}.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0])
