@@ -29,12 +29,13 @@ from tqdm import tqdm
 import data
 from finetune import (Log, average_gradients, condition, encode_texts, micro_rows, missing_context, parse, peak_memory, precision_of, prepare_once,
                       render_sample, start_processes)
-from model import Conditioner, Config, DiT, UserError, add_noise, guided, schedule, shift_time, velocity
+from model import Conditioner, Config, DiT, UserError, add_noise, alpha_sigma, guided, schedule, shift_time, velocity
 from sample import Context, denoise_block, load, mallopt, read_checkpoint, run, sampling_settings, save, whole, with_null
 
 PHASES = "warm D", "warm G", "D", "G"                       # in this order; the last two, the game, in turns
 CONTRAST = 1.0                                              # lambda: weight of D's loss on wrong prompts
 PATIENCE = 100                                              # steps of the game that a warning looks back on
+OWN_BLOCKS, RESTART = 2, 1 / 30                             # of a stream of G's own: blocks a step, and the chance of a new one
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -129,7 +130,7 @@ def recorded(predict, seen):
 
 
 @torch.no_grad()
-def rollout(model, memory, prime, levels, ks, draw):
+def rollout(model, memory, prime, levels, ks, draw, sampler="pingpong"):
     """Go on from prime (B, C, context), block i in ks[i] denoising steps, as `sample.stream` would; draw() gives its noise.
 
     Returns the latents (B, C, len(ks) * block) and (x_t, t) of each block's last evaluation, for `replay`."""
@@ -137,7 +138,7 @@ def rollout(model, memory, prime, levels, ks, draw):
     for k in ks:
         seen = []
         predict = recorded(context.predict, seen)
-        blocks.append(denoise_block(predict, draw(), levels[:k], "pingpong", model.config.objective, draw))
+        blocks.append(denoise_block(predict, draw(), levels[:k], sampler, model.config.objective, draw))
         context.append(blocks[-1])
         last.append(seen[-1])
     return torch.cat(blocks, dim=-1), last
@@ -170,6 +171,15 @@ def trajectory(teacher, cond, prime, levels, cfg, draw):
     predict = context.predict if cfg == 1 else lambda x, t: guided(context.predict(x, t), cfg)
     end = denoise_block(recorded(predict, seen), draw(), levels, "euler", teacher.config.objective, draw)
     return seen, end
+
+
+def pick_up(streams, items, prime, prompts, anew):
+    """Where the items' own streams {item: (context (C, context), prompt)} have got to: contexts as prime, prompts.
+
+    One begins from prime and prompts where there is none yet, and where anew (of the whole batch) says so."""
+    starts = dict(zip(items, zip(prime.cpu(), prompts)))
+    contexts, prompts = zip(*(starts[item] if anew[item] else streams.get(item, starts[item]) for item in items))
+    return torch.stack(contexts).to(prime.device), list(prompts)
 
 
 # ------------------------------------------------------------------------------------------------ what a step draws
@@ -236,6 +246,7 @@ def parser():
     # before the game
     p.add_argument("--d-warmup", type=int, default=500, help="steps of flow matching for D")
     p.add_argument("--g-warmup", type=int, default=0, help="steps of G on the finetuned model's own trajectories")
+    p.add_argument("--on-policy", type=int, default=0, help="the last so many of those steps start from where G's own streams have got to, not from music")
     p.add_argument("--warmup-lr", type=float, default=5e-5, help="of both, falling to 0")
     p.add_argument("--teacher-steps", type=whole, help="steps of those trajectories (default: as --init plays)")
     p.add_argument("--teacher-cfg", type=float, help="guidance of those trajectories (default: as --init plays)")
@@ -292,6 +303,14 @@ def over_processes(sums, world):
     return dict(zip(sums, values.tolist()))
 
 
+def of_all(mine, world):
+    """{item: ...} of this process -> of all processes."""
+    everyone = [mine] * world
+    if world > 1:
+        dist.all_gather_object(everyone, mine)
+    return {item: value for theirs in everyone for item, value in theirs.items()}
+
+
 def main():
     args, saved = parse(parser())
     if saved is None:
@@ -330,9 +349,9 @@ def main():
     players["warm G"] = players["G"]
     adam = lambda phase, lr: torch.optim.AdamW(players[phase], lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     rates = {"warm D": args.warmup_lr, "warm G": args.warmup_lr, "D": args.d_lr, "G": args.lr}
-    optimizers, done = {phase: adam(phase, rates[phase]) for phase in PHASES}, dict.fromkeys(PHASES, 0)
+    optimizers, done, streams = {phase: adam(phase, rates[phase]) for phase in PHASES}, dict.fromkeys(PHASES, 0), {}
     if saved is not None:
-        done = dict(saved["done"])
+        done, streams = dict(saved["done"]), dict(saved.get("streams", {}))
         for phase, optimizer in optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][phase])
             if not phase.startswith("warm"):                # one given anew counts; a warm-up's is set at each step
@@ -352,7 +371,7 @@ def main():
 
     def write():
         if not rank:
-            save(model, args.out, sum(done.values()), " ".join(["arc_forcing.py", *sys.argv[1:]]), args=vars(args), done=done,
+            save(model, args.out, sum(done.values()), " ".join(["arc_forcing.py", *sys.argv[1:]]), args=vars(args), done=done, streams=streams,
                  discriminator={"config": critic.config.to_dict(), "weights": critic.state_dict()},
                  optimizers={phase: optimizer.state_dict() for phase, optimizer in optimizers.items()})
 
@@ -361,7 +380,7 @@ def main():
     bar = tqdm(total=args.d_warmup + args.g_warmup + args.steps, initial=sum(done.values()), file=sys.stderr, disable=None if not rank else True)
     try:
         while phase := next_phase(done, args):
-            sums, begun = {}, time.time()
+            sums, moved, begun = {}, {}, time.time()
             def add(**values):
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0) + value.detach().sum()
@@ -379,22 +398,33 @@ def main():
                     (losses.sum() * share).backward()
                     add(loss=losses)
                     continue
+                prompts, items = b.prompts, range(part.start, part.stop)
+                on_policy = phase == "warm G" and done[phase] >= args.g_warmup - args.on_policy
+                if on_policy:
+                    prime, prompts = pick_up(streams, items, prime, prompts, b.rng.random(args.batch) < RESTART)
                 with precision(), torch.set_grad_enabled(phase != "D"):
-                    cond = condition(model, texts, b.prompts, device)
+                    cond = condition(model, texts, prompts, device)
                     memory = model.dit.memory(cond)
 
                 # --- G learns where its teacher's path leads, from some of the points on the way
                 if phase == "warm G":
+                    if on_policy:                           # what G's own playing leads to, and music never does
+                        with precision():
+                            played, _ = rollout(model, memory, prime, levels, [args.most] * OWN_BLOCKS, draw, "dpmpp")
+                        prime = torch.cat([prime, played], dim=-1)[..., -c.context:]
+                        moved.update(zip(items, zip(prime.cpu(), prompts)))
                     with precision(), torch.no_grad():
-                        cond = condition(teacher, texts, b.prompts, device)
+                        cond = condition(teacher, texts, prompts, device)
                         points, end = trajectory(teacher, cond, prime, schedule(path["steps"])[:-1].to(device), path["cfg"], draw)
                         context = Context(model, memory, prime)
                     chosen = b.rng.permutation(len(points))[:args.most]
-                    def slope(x0):                          # of the mean squared error
-                        add(loss=(x0 - end).square().mean((1, 2)) / len(chosen))
-                        return 2 * (x0 - end) / end[0].numel() / len(chosen) * share
                     for i in chosen:
-                        backward_through(model, context, *points[i], slope, precision)
+                        x, t = points[i]
+                        weight = 1 / alpha_sigma(t, c.objective)[1] ** 2 / len(chosen)      # an error of x0 over sigma is one of v
+                        def slope(x0):                      # of the mean squared error of v, which weighs all levels alike
+                            add(loss=weight * (x0 - end).square().mean((1, 2)))
+                            return 2 * weight * (x0 - end) / end[0].numel() * share
+                        backward_through(model, context, x, t, slope, precision)
                     continue
 
                 # --- the game: both are judged at the same level, under the same noise
@@ -432,6 +462,8 @@ def main():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done[phase] += 1
+            if moved:
+                streams.update(of_all(moved, world))
             spent[phase].append(time.time() - begun)
             step, game = sum(done.values()), done["D"] + done["G"]
             if phase.startswith("warm") and next_phase(done, args) != phase:

@@ -1532,7 +1532,42 @@ def test_trajectory_is_the_teacher_s_stream():
     assert [t.item() for _, t in points] == schedule(5)[:-1].tolist() and points[0][0].shape == (2, 8, 6)
 
 
-ARC = ["--rollout", 2, "--most", 3, "--batch", 4, "--d-warmup", 2, "--g-warmup", 1, "--teacher-steps", 4, "--teacher-cfg", 3, "--steps", 4,
+def test_pick_up():
+    """An item's own stream, with the prompt it began with; music's context where there is none or a new one is to begin."""
+    kept, prime = {0: (torch.full((8, 4), 7.0), "seven"), 3: (torch.full((8, 4), 9.0), "nine")}, torch.randn(3, 8, 4)
+    contexts, prompts = arc_forcing.pick_up(kept, range(1, 4), prime, ["a", "b", "c"], [True, False, False, False])
+    assert prompts == ["a", "b", "nine"] and torch.equal(contexts[:2], prime[:2]) and (contexts[2] == 9).all()
+    contexts, prompts = arc_forcing.pick_up(kept, range(3), prime, ["a", "b", "c"], [False] * 3)
+    assert prompts == ["seven", "b", "c"] and (contexts[0] == 7).all() and torch.equal(contexts[1:], prime[1:])
+    assert arc_forcing.pick_up(kept, range(3), prime, ["a", "b", "c"], [True] * 3)[1] == ["a", "b", "c"]
+
+
+def test_on_policy_warmup_plays_its_own_streams(finetuned, call):
+    """After one step each item has gone on from its music by two blocks, as the model of before the step plays them. The loss is
+    that of velocities, against those that lead straight to where the teacher gets from there."""
+    args = [*ARC, "--d-warmup", 0, "--g-warmup", 1, "--on-policy", 1, "--steps", 1, "--out", "o.pt"]
+    assert (done := call(arc_forcing.main, *args, cwd=finetuned))[0] == 0, done
+    model, streams = sample.load(finetuned / "out" / "finetune.pt"), torch.load(finetuned / "o.pt", weights_only=True)["streams"]
+    folder = torch.load(finetuned / "o.pt", weights_only=True)["args"]["data"]
+    tracks, c = data.prepare(folder, model, finetuned / "out" / "latents", quiet=True).train, model.config
+    b = arc_forcing.draw_batch(tracks, c, 4, 2, 3, slice(0, 4), 0, "warm G", 0)
+    cond = finetune.condition(model, finetune.encode_texts(model, tracks), b.prompts, "cpu")
+    context, played = sample.Context(model, model.dit.memory(cond), b.latents[..., :c.context]), [b.latents[..., :c.context]]
+    with torch.no_grad():
+        for _ in range(2):
+            played.append(sample.denoise_block(context.predict, b.draw(), schedule(3)[:-1], "dpmpp", c.objective, None))
+            context.append(played[-1])
+        expected = torch.cat(played, dim=-1)[..., -c.context:]
+        assert [streams[i][1] for i in range(4)] == b.prompts
+        assert (torch.stack([streams[i][0] for i in range(4)]) - expected).abs().max() < 1e-6
+        points, end = arc_forcing.trajectory(model, cond, expected, schedule(4)[:-1], 3.0, b.draw)
+        b.rng.random(4)                                     # which items are to begin anew
+        context = sample.Context(model, model.dit.memory(cond), expected)
+        errors = [(context.predict(x, t) - (x - end) / t).square().mean() for x, t in (points[i] for i in b.rng.permutation(4)[:3])]
+    assert float(rows_of(finetuned / "o.csv")[0]["loss"]) == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+ARC = ["--rollout", 2, "--most", 3, "--batch", 4, "--d-warmup", 2, "--g-warmup", 3, "--on-policy", 2, "--teacher-steps", 4, "--teacher-cfg", 3, "--steps", 4,
        "--every", 1, "--sample-every", 0, "--precision", "float32", "--lr", "1e-4", "--d-lr", "1e-3", "--threads", 1]
 
 
@@ -1545,27 +1580,29 @@ def finetuned(tiny_file, music, tmp_path_factory):
 
 
 def test_arc_kill_and_resume_equals_unbroken(finetuned, call):
-    """Through all phases; kill -9 somewhere in the game, then --resume: the same log, weights and optimizers."""
+    """Through all phases; kill -9 between the steps on G's own streams or later, then --resume: the same log, weights, optimizers."""
     assert (done := call(arc_forcing.main, *ARC, "--out", "a/arc.pt", cwd=finetuned))[0] == 0, done
     log = finetuned / "b" / "arc.csv"
     killed_after(4, log, "arc_forcing.py", *ARC, "--out", "b/arc.pt", cwd=finetuned)
-    assert torch.load(finetuned / "b" / "arc.pt", weights_only=True)["step"] < 7
+    assert torch.load(finetuned / "b" / "arc.pt", weights_only=True)["step"] < 9
     assert (done := call(arc_forcing.main, "--resume", "--out", "b/arc.pt", cwd=finetuned))[0] == 0, done
     rows = rows_of(log)
-    assert rows == rows_of(finetuned / "a" / "arc.csv") and [row["phase"] for row in rows] == ["warm D"] * 2 + ["warm G"] + ["D", "G"] * 2
+    assert rows == rows_of(finetuned / "a" / "arc.csv") and [row["phase"] for row in rows] == ["warm D"] * 2 + ["warm G"] * 3 + ["D", "G"] * 2
     a, b = (torch.load(finetuned / side / "arc.pt", weights_only=True) for side in "ab")
     def same(x, y):
         if torch.is_tensor(x):
             return torch.equal(x, y)
         if isinstance(x, dict):
             return x.keys() == y.keys() and all(same(x[k], y[k]) for k in x)
+        if isinstance(x, tuple):
+            return all(map(same, x, y))
         return x == y
-    for key in ("weights", "discriminator", "optimizers", "done", "stage", "sampling", "step", "config"):
+    for key in ("weights", "discriminator", "optimizers", "streams", "done", "stage", "sampling", "step", "config"):
         assert same(a[key], b[key]), key
     assert a["stage"] == "arc" and a["sampling"]["steps"] == 3 and not a["config"]["causal"]
     assert a["optimizers"]["G"]["state"] and a["optimizers"]["D"]["state"] and not a["optimizers"]["warm D"]["state"]
     rate = {phase: optimizer["param_groups"][0]["lr"] for phase, optimizer in a["optimizers"].items()}
-    assert rate == {"warm D": pytest.approx(5e-5 / 2), "warm G": pytest.approx(5e-5), "D": 1e-3, "G": 1e-4}     # warm-ups fall
+    assert rate == {"warm D": pytest.approx(5e-5 / 2), "warm G": pytest.approx(5e-5 / 3), "D": 1e-3, "G": 1e-4}     # warm-ups fall
     start = torch.load(finetuned / "out" / "finetune.pt", weights_only=True)["weights"]
     moved = {k for k in start if not torch.equal(start[k], a["weights"][k])}
     assert moved and not any(k.startswith("autoencoder") or k == "dit.context_in.weight" for k in moved)
@@ -1573,9 +1610,10 @@ def test_arc_kill_and_resume_equals_unbroken(finetuned, call):
 
 
 def test_arc_accumulation_and_processes_change_nothing(finetuned, tiny_file, call):
-    """One step of D, one of G: plain; each phase in two accumulations; on two processes: the same losses and first updates."""
+    """Two steps on G's own streams, one of D, one of G: plain; in two accumulations; on two processes: the same losses, streams
+    and first updates."""
     args = ["--init", tiny_file, "--data", torch.load(finetuned / "out" / "finetune.pt", weights_only=True)["args"]["data"], *ARC,
-            "--d-warmup", 0, "--g-warmup", 0, "--steps", 2, "--lr", "1e-6", "--d-lr", "1e-6"]
+            "--d-warmup", 0, "--g-warmup", 2, "--on-policy", 2, "--steps", 2, "--lr", "1e-6", "--d-lr", "1e-6", "--warmup-lr", "1e-6"]
     for name, more in (("p", []), ("q", ["--accumulate", 2])):
         assert (done := call(arc_forcing.main, *args, "--out", f"{name}.pt", *more, cwd=finetuned))[0] == 0, done
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29632", HERE / "arc_forcing.py", *args, "--out", "r.pt"]
@@ -1583,8 +1621,11 @@ def test_arc_accumulation_and_processes_change_nothing(finetuned, tiny_file, cal
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     plain, *others = (torch.load(finetuned / f"{name}.pt", weights_only=True) for name in "pqr")
     rows = [rows_of(finetuned / f"{name}.csv") for name in "pqr"]
-    assert [row["phase"] for row in rows[0]] == ["D", "G"]
+    assert [row["phase"] for row in rows[0]] == ["warm G", "warm G", "D", "G"]
     for other, logged in zip(others, rows[1:]):
+        assert plain["streams"].keys() == other["streams"].keys() == {0, 1, 2, 3}
+        for (one, prompt), (two, prompt2) in zip(plain["streams"].values(), (other["streams"][i] for i in plain["streams"])):
+            assert prompt == prompt2 and (one - two).abs().max() < 1e-5
         for player in "DG":                                 # after one step of Adam: a tenth of the clipped mean gradient
             one, two = (x["optimizers"][player]["state"] for x in (plain, other))
             assert one.keys() == two.keys() and all(s["step"] == 1 for s in two.values())
