@@ -130,6 +130,18 @@ def by_chance(recordings, reference, count, samples, rate, draws=20):
     return distances
 
 
+def jackknife(items, statistic):
+    """Standard errors of statistic(items), an array, from leaving out one item at a time (two or more; Tukey 1958)."""
+    without = [statistic(items[:i] + items[i + 1:]) for i in range(len(items))]
+    return np.sqrt((len(items) - 1) * np.var(without, axis=0))
+
+
+def summary(curve, window):
+    """Distances, one every `window` seconds -> their mean, the last 15 % less the first, and the slope over two minutes."""
+    ends = max(1, round(0.15 * len(curve)))
+    return np.mean(curve), np.mean(curve[-ends:]) - np.mean(curve[:ends]), np.polyfit(window / 120 * np.arange(len(curve)), curve, 1)[0]
+
+
 def sound(model, dataset, prompts, args):
     """Print the figures of 30 s streams beside those of training and held-out recordings.
 
@@ -161,19 +173,21 @@ def drift(model, dataset, prompts, args):
         raise UserError(f"--seconds {seconds} is less than two of the {window} s that --drift looks at together (--window)")
     train, held_out = read_split(Path(args.data), dataset, model.config, 60, args.excerpts)
     reference = torch.cat([features(a, rate) for a in held_out])
-    made, rows = make_streams(model, prompts, seconds, args), []
-    for start in range(0, int(seconds) - window + 1, window):
-        audio = [a[:, start * rate:(start + window) * rate] for a, _ in made]
+    made, rows, starts = make_streams(model, prompts, seconds, args), [], range(0, int(seconds) - window + 1, window)
+    frames = [[features(a[:, start * rate:(start + window) * rate], rate) for start in starts] for a, _ in made]
+    curve_of = lambda streams: np.array([frechet(torch.cat(together), reference) for together in zip(*streams)])
+    curve = curve_of(frames)
+    for start, distance in zip(starts, curve):
         at = slice(round(start * model.config.frame_rate), round((start + window) * model.config.frame_rate))
-        rows.append(dict(second=start, distance=frechet(torch.cat([features(a, rate) for a in audio]), reference),
-                         latent_std=torch.stack([z[:, at] for _, z in made]).std().item(),
-                         clipped=np.mean([(a.abs() > 1).float().mean().item() for a in audio])))
-    curve = np.array([row["distance"] for row in rows])
-    ends = max(1, round(0.15 * len(curve)))
-    gap, slope = curve[-ends:].mean() - curve[:ends].mean(), np.polyfit([row["second"] / 120 for row in rows], curve, 1)[0]
+        rows.append(dict(second=start, distance=distance, latent_std=torch.stack([z[:, at] for _, z in made]).std().item(),
+                         clipped=np.mean([(a[:, start * rate:(start + window) * rate].abs() > 1).float().mean().item() for a, _ in made])))
     for row in rows:
         print(f"{row['second']:4d} s  distance {row['distance']:8.1f}  latents {row['latent_std']:.3f}  clipped {100 * row['clipped']:.4f} %")
-    print(f"mean {curve.mean():.1f}, last 15 % - first 15 %: {gap:+.1f}, slope over 2 minutes: {slope:+.1f}, {len(made)} streams")
+    mean, gap, slope = summary(curve, window)
+    print(f"mean {mean:.1f}, last 15 % - first 15 %: {gap:+.1f}, slope over 2 minutes: {slope:+.1f}, {len(made)} streams")
+    if len(made) > 1:
+        errors = jackknife(frames, lambda streams: summary(curve_of(streams), window))
+        print("standard errors, one stream left out at a time: mean {:.1f}, gap {:.1f}, slope {:.1f}".format(*errors))
     alike = by_chance(train, reference, len(made), window * rate, rate)
     print(f"{window} s of {min(len(train), len(made))} training recordings: distance {np.mean(alike):.1f}, standard deviation {np.std(alike):.1f} over {len(alike)} draws")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

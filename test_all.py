@@ -1701,6 +1701,16 @@ def test_onsets_and_chroma():
     assert measure.chroma_change(melody(*([0] * 4 + [6] * 4) * 3), 44100) > 0.8                                  # the chord of two seconds ago is gone
 
 
+def test_drift_summary_and_its_standard_errors():
+    """By hand: a line's mean, ends and slope; of a mean of numbers the jackknife is the textbook's standard error."""
+    mean, gap, slope = measure.summary(np.array([5.0, 7, 9, 11]), 30)
+    assert (mean, gap) == (8, 6) and slope == pytest.approx(8)                              # 2 every 30 s
+    assert measure.summary(np.arange(20.0), 10)[1] == 17                                    # three of twenty at each end
+    x = [3.0, 4.0, 8.0, 1.0]
+    both = measure.jackknife(x, lambda x: (np.mean(x), 10 * np.mean(x)))
+    assert both == pytest.approx(np.array([1, 10]) * np.std(x, ddof=1) / 2)
+
+
 def test_distance_by_chance():
     alike = [melody(0, 3, 7, 12, each=each) for each in (0.3, 0.4, 0.5)]
     quiet = [0.1 * a for a in alike]
