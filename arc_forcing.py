@@ -8,7 +8,7 @@ Two players. The generator G is the finetuned model; it rolls out blocks with th
 discriminator D is a diffusion transformer in the public geometry (both ways over the whole sequence, no context path)
 whose hidden states a small head turns into scores. ARC's losses compare real and rolled-out music from the same context.
 Everything random in a step comes from (seed, phase, number of the step): a resumed run, and one shared by several
-processes, draws the same.
+processes, draws the same. What `--on-policy` goes on from, G's own streams so far, is kept in the checkpoint.
 """
 import argparse
 import contextlib
