@@ -398,9 +398,9 @@ def main():
                     (losses.sum() * share).backward()
                     add(loss=losses)
                     continue
-                prompts, items = b.prompts, range(part.start, part.stop)
-                on_policy = phase == "warm G" and done[phase] >= args.g_warmup - args.on_policy
+                prompts, on_policy = b.prompts, phase == "warm G" and done[phase] >= args.g_warmup - args.on_policy
                 if on_policy:
+                    items = range(part.start, part.stop)
                     prime, prompts = pick_up(streams, items, prime, prompts, b.rng.random(args.batch) < RESTART)
                 with precision(), torch.set_grad_enabled(phase != "D"):
                     cond = condition(model, texts, prompts, device)

@@ -174,13 +174,14 @@ def drift(model, dataset, prompts, args):
     train, held_out = read_split(Path(args.data), dataset, model.config, 60, args.excerpts)
     reference = torch.cat([features(a, rate) for a in held_out])
     made, rows, starts = make_streams(model, prompts, seconds, args), [], range(0, int(seconds) - window + 1, window)
-    frames = [[features(a[:, start * rate:(start + window) * rate], rate) for start in starts] for a, _ in made]
+    windows = [[a[:, start * rate:(start + window) * rate] for start in starts] for a, _ in made]
+    frames = [[features(a, rate) for a in own] for own in windows]
     curve_of = lambda streams: np.array([frechet(torch.cat(together), reference) for together in zip(*streams)])
     curve = curve_of(frames)
-    for start, distance in zip(starts, curve):
+    for start, distance, *audio in zip(starts, curve, *windows):
         at = slice(round(start * model.config.frame_rate), round((start + window) * model.config.frame_rate))
         rows.append(dict(second=start, distance=distance, latent_std=torch.stack([z[:, at] for _, z in made]).std().item(),
-                         clipped=np.mean([(a[:, start * rate:(start + window) * rate].abs() > 1).float().mean().item() for a, _ in made])))
+                         clipped=np.mean([(a.abs() > 1).float().mean().item() for a in audio])))
     for row in rows:
         print(f"{row['second']:4d} s  distance {row['distance']:8.1f}  latents {row['latent_std']:.3f}  clipped {100 * row['clipped']:.4f} %")
     mean, gap, slope = summary(curve, window)
