@@ -334,7 +334,7 @@ class StreamingDecoder:
         pad = wide.padding[0]
         x = self.seen(unit, x, pad, last)
         y = self.unpadded(narrow, snake2(self.unpadded(wide, snake(x))))
-        return x[..., pad:pad + y.shape[-1]] + y
+        return y.add_(x[..., pad:pad + y.shape[-1]])
 
     def upsample(self, conv, x, last):                      # a frame reaches its own samples and those of the next
         stride, pad, started = conv.stride[0], conv.padding[0], conv in self.kept
