@@ -138,6 +138,9 @@ def to_precision(model, name):
     name = choose_precision(name, device)
     if recommended and name == "float32":
         name = "int8"
+    for layer in model.autoencoder.decoder:
+        if isinstance(layer, ConvTranspose1d):              # as the convolution wants them, or it copies them at every call
+            layer.weight.data = layer.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
     if name == "bf16":
         for layer in (*model.dit.modules(), *model.autoencoder.decoder.modules()):
             if isinstance(layer, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d, nn.LayerNorm)):
@@ -301,6 +304,7 @@ class StreamingDecoder:
     def __init__(self, autoencoder):
         self.layers, self.kept = autoencoder.decoder, {}
 
+    @torch.no_grad()
     def __call__(self, latents, last=False):
         """(B, C, T) -> the audio (B, 2, n) that they settle; with `last` also all that is still inside."""
         x = channels_last(latents.to(self.layers[0].weight.dtype))
@@ -310,31 +314,38 @@ class StreamingDecoder:
             elif isinstance(layer, ConvTranspose1d):
                 x = self.upsample(layer, x, last)
             else:
-                x = self.conv(layer, x, last) if isinstance(layer, Conv1d) else layer(x)
+                x = self.conv(layer, x, last) if isinstance(layer, Conv1d) else layer(x, out=x)
         return x.float()
 
-    def seen(self, layer, x, pad, last):
-        """What a convolution that pads by `pad` on each side sees now: the end of what came before, and x."""
-        zeros = x.new_zeros(*x.shape[:2], pad)
-        parts = [self.kept.get(layer, zeros), x, *[zeros] * last]
-        x = torch.cat([p[:, :, None] for p in parts], dim=-1)[:, :, 0]      # with this axis channels stay last in memory
-        self.kept[layer] = x[..., max(0, x.shape[-1] - 2 * pad):].clone()
-        return x
+    def conv(self, conv, x, last, snake=None):
+        """A convolution over the end of what came before and x, or what a snake makes of x."""
+        pad, n = conv.padding[0], x.shape[-1]
+        before = self.kept.get(conv, x.new_zeros(*x.shape[:2], pad))
+        at, size = before.shape[-1], before.shape[-1] + n + pad * last
+        seen = x.new_empty(len(x), size, x.shape[1]).transpose(1, 2)    # channels last in memory
+        seen[..., :at], seen[..., at + n:] = before, 0
+        if snake is None:
+            seen[..., at:at + n] = x
+        else:
+            snake(x, out=seen[..., at:at + n])
+        self.kept[conv] = seen[..., max(0, size - 2 * pad):].clone()
+        return self.unpadded(conv, seen)
 
     def unpadded(self, conv, x):
         if x.shape[-1] <= 2 * conv.padding[0]:
             return x.new_zeros(len(x), conv.out_channels, 0)
         return F.conv2d(x[:, :, None], conv.weight[:, :, None], conv.bias, dilation=(1, *conv.dilation))[:, :, 0]
 
-    def conv(self, conv, x, last):
-        return self.unpadded(conv, self.seen(conv, x, conv.padding[0], last))
-
     def unit(self, unit, x, last):
         snake, wide, snake2, narrow = unit.layers
-        pad = wide.padding[0]
-        x = self.seen(unit, x, pad, last)
-        y = self.unpadded(narrow, snake2(self.unpadded(wide, snake(x))))
-        return y.add_(x[..., pad:pad + y.shape[-1]])
+        y = self.conv(wide, x, last, snake)
+        y = self.unpadded(narrow, snake2(y, out=y))
+        waiting = self.kept.get(unit, x[..., :0])           # input whose output comes only now
+        n, size = min(waiting.shape[-1], y.shape[-1]), y.shape[-1]
+        y[..., :n] += waiting[..., :n]
+        y[..., n:] += x[..., :size - n]
+        self.kept[unit] = torch.cat([waiting[..., n:], x[..., size - n:]], dim=-1)
+        return y
 
     def upsample(self, conv, x, last):                      # a frame reaches its own samples and those of the next
         stride, pad, started = conv.stride[0], conv.padding[0], conv in self.kept
