@@ -1,7 +1,7 @@
 """Play: one block after another, for as long as you like.
 
     python sample.py --seconds 600 > out.wav
-    python sample.py --seconds inf --prompt "fast arpeggios in A minor on marimba" | ffplay -nodisp -
+    python sample.py --seconds inf --live | ffplay -nodisp -        # what you type is what is played next
 
 `denoise_block` makes a block and `Context` remembers the finished ones (the KV cache); training rolls out with the same
 two. `decode_stream` turns blocks into audio without seams. See "How it works" in the README.
@@ -12,6 +12,7 @@ import ctypes
 import itertools
 import math
 import os
+import select
 import struct
 import sys
 import time
@@ -260,11 +261,13 @@ def with_null(cond, cfg):
 
 
 @torch.no_grad()
-def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed=0, prime=None, use_cache=True):
+def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed=0, prime=None, use_cache=True, change=None):
     """Yield latent blocks (B, C, block), for ever when `blocks` is None; the first n do not depend on `blocks`.
 
     prime: latents (B, C, T) to go on from; frames before its first whole block are dropped. steps, sampler and cfg
-    default to what suits the checkpoint's stage. seed: one, or one for each item, which then is the stream of that seed."""
+    default to what suits the checkpoint's stage. seed: one, or one for each item, which then is the stream of that seed.
+    change: called before each block; what it returns, unless None, is the condition from there on. Finished blocks stay
+    what they are, and so do their cached keys and values, which remember the condition they were made under."""
     c, settings = model.config, sampling_settings(model, steps, sampler, cfg)
     cfg, device, seeds = settings["cfg"], cond.tokens.device, [seed] if isinstance(seed, int) else seed
     rngs = [torch.Generator().manual_seed(s) for s in seeds]
@@ -275,6 +278,8 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
     context = Context(model, model.dit.memory(with_null(cond, cfg)), prime.to(device), use_cache)
     predict = context.predict if cfg == 1 else lambda x, t: guided(context.predict(x, t), cfg)
     for _ in itertools.count() if blocks is None else range(blocks):
+        if change is not None and (new := change()) is not None:
+            context.memory = model.dit.memory(with_null(new, cfg))
         x = denoise_block(predict, draw(), levels, settings["sampler"], c.objective, draw)
         context.append(x)
         yield x
@@ -507,6 +512,7 @@ def parse(argv=None):
     p.add_argument("--prompt-file", help="embeddings written by stable_audio_port.py --prompts; the first, or the one --prompt names")
     p.add_argument("--seconds", type=positive, default=30, help="length; inf plays until stopped")
     p.add_argument("--prime", help="audio file to go on from")
+    p.add_argument("--live", action="store_true", help="each line typed while it plays is the prompt from the next block on")
     p.add_argument("--out", help=".wav or .flac instead of standard output")
     # sampling
     p.add_argument("--seed", type=int, default=0)
@@ -543,6 +549,27 @@ def make_cond(model, args, numbers):
     return model.conditioner(embeddings[row:row + 1].float().to(args.device), **numbers), prompts[row]
 
 
+def last_line(file):
+    """The last line that came into an open file, a terminal or a pipe, since the last call; None if there was none. Never waits."""
+    if not select.select([file], [], [], 0)[0]:
+        return None
+    lines = os.read(file.fileno(), 2 ** 16).decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), None)
+
+
+def new_prompt(model, args):
+    """--live: the condition that was typed since the last call, or None."""
+    if (line := last_line(sys.stdin)) is None:
+        return None
+    try:
+        cond, prompt = make_cond(model, argparse.Namespace(**{**vars(args), "prompt": line}), model.config.stream_numbers)
+    except UserError as error:                              # the music goes on
+        print(error, file=sys.stderr)
+        return None
+    print(f"next: {prompt!r}", file=sys.stderr)
+    return cond
+
+
 def audio_of(model, args, samples, together):
     """The audio pieces (1, 2, n) that the arguments ask for, at least `samples` of them, and a line about the plan.
 
@@ -553,6 +580,10 @@ def audio_of(model, args, samples, together):
     options = dict(**settings, seed=args.seed)
     if model.stage == "autoencoder":
         raise UserError("this checkpoint holds only an autoencoder yet: finetune.py --init trains the rest")
+    if args.live and (args.no_cache or model.stage == "base"):
+        raise UserError("--live needs a model that streams, and its cache: finished blocks stay what they were under the prompt before")
+    if args.live and (os.name == "nt" or sys.stdin is None):
+        raise UserError("--live needs a standard input that it can look into without waiting, which Windows does not have")
     if model.stage == "base":
         longest = c.clip * c.hop / c.sample_rate
         if args.seconds > longest:
@@ -568,7 +599,8 @@ def audio_of(model, args, samples, together):
             raise UserError(f"{args.prime} is shorter than one block ({c.block / c.frame_rate:.2f} s)")
     # whole blocks, and the decoder's reach beyond the end: so a shorter stream is exactly the start of a longer one
     blocks = None if samples is None else math.ceil((samples / c.hop + c.decoder_margin) / c.block)
-    latents = stream(model, cond, blocks=blocks, prime=prime, use_cache=not args.no_cache, **options)
+    change = (lambda: new_prompt(model, args)) if args.live else None
+    latents = stream(model, cond, blocks=blocks, prime=prime, use_cache=not args.no_cache, change=change, **options)
     if together:
         latents = prefetch(latents)
     if prime is None:
@@ -605,7 +637,7 @@ def main():
     say(plan)
     writer = open_output(args.out, c.sample_rate, c.audio_channels, samples)
     first = begun = clipped = written = 0                   # begun: samples in the first piece, out after `first` seconds
-    bar = tqdm(total=samples and samples / c.sample_rate, unit="s", unit_scale=True, file=sys.stderr, disable=None,
+    bar = tqdm(total=samples and samples / c.sample_rate, unit="s", unit_scale=True, file=sys.stderr, disable=args.live or None,
                bar_format="{l_bar}{bar}| {n:.0f} s, {rate_fmt}")
     try:
         for audio in pieces:

@@ -313,6 +313,45 @@ def test_words_are_stable():
 
 
 # ------------------------------------------------------------------------------------------------ streaming audio
+@pytest.mark.parametrize("causal,depth", [(False, 2), (True, 1)])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_prompt_changes_from_a_block_on(causal, depth, cfg):
+    """Blocks before are those of the old prompt, blocks after those of a model that is told the new one: where finished
+    blocks do not remember their prompt (encoder-decoder; a single layer) that is the uncached model, told the same."""
+    model = tiny(causal=causal, depth=depth)
+    old, new = condition(model, "slow piano"), condition(model, "fast")
+    def changing():
+        turns = iter([None, None, None, new, *[None] * 9])
+        return dict(blocks=7, seed=3, cfg=cfg, change=lambda: next(turns))
+    made, kept = latents_of(model, old, **changing()), latents_of(model, old, 7, seed=3, cfg=cfg)
+    uncached = latents_of(model, old, use_cache=False, **changing())
+    at = 3 * TINY.block
+    assert torch.equal(made[..., :at], kept[..., :at]) and (made - kept)[..., at:].abs().max() > 1e-3
+    assert (made - uncached).abs().max() < 1e-4
+
+
+def test_live_prompts(tiny_file, tmp_path, monkeypatch, call):
+    """--live: the last line typed is played from the next block on; one that cannot be is named and the music goes on."""
+    def play(typed, *args, name="live.wav"):
+        read, write = os.pipe()
+        os.write(write, typed.encode())
+        os.close(write)
+        with open(read) as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.4, "--live", "--precision", "float32", "--out", name, *args)
+        return err if status else (err, soundfile.read(tmp_path / name, dtype="int16")[0])
+    err, live = play("loud\nfast piano\n\n")
+    model = sample.load(tiny_file)
+    turns = iter([condition(model, "fast piano")])
+    latents = latents_of(model, condition(model, "slow piano"), 100, change=lambda: next(turns, None))
+    assert "next: 'fast piano'" in err and np.abs(live.astype(int) - sample.pcm(model.autoencoder.decode(latents))[:17640]).max() <= 1
+    assert not np.array_equal(live, play("")[1])            # nothing typed: the checkpoint's own prompt
+    torch.save({"prompts": ["fast"], "embeddings": torch.randn(1, 6, 16), "width": 16}, tmp_path / "prompts.pt")
+    err, there = play("slow\n", "--prompt-file", "prompts.pt")
+    assert "no embedding of 'slow'" in err and np.array_equal(there, play("", "--prompt-file", "prompts.pt")[1])
+    assert "--live needs" in play("fast", "--no-cache")
+
+
 @pytest.mark.parametrize("sizes", [[6] * 10, [1] * 60, [48, 12], [60]])
 def test_streamed_decode_equals_whole(sizes):
     model = tiny()
@@ -695,6 +734,7 @@ def test_readme_commands(tmp_path, music, call, monkeypatch):
     sample.save(tiny(), tmp_path / "nano.pt")
     for module in (sample, finetune):                       # the shipped nano.pt is what lies beside them
         monkeypatch.setattr(module, "__file__", str(tmp_path / "here.py"))
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))     # nobody types
     for name in ("path/to/music", "data/nano"):
         shutil.copytree(music, tmp_path / name)
     shutil.copytree(GOLDEN / "sao_small_tiny", tmp_path / "path/to/stable-audio-open-small")
