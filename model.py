@@ -194,11 +194,10 @@ class SnakeBeta(nn.Module):
     def forward(self, x, out=None):                         # (B, channels, samples); out: where to write, x itself if you like
         alpha, beta = (p.exp()[:, None].to(x.dtype) for p in (self.alpha, self.beta))
         gain = 1 / (beta + 1e-9)
-        if out is None and torch.is_grad_enabled():
-            return torch.addcmul(x, (alpha * x).sin_().square_(), gain)
-        out = torch.empty_like(x) if out is None else out
-        # what is too long for a CPU's cache passes through it in pieces, and through main memory once, not five times
-        piece = 2 ** 16 // x.shape[1] if x.device.type == "cpu" and x.numel() > 2 ** 21 else max(1, x.shape[-1])
+        if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() <= 2 ** 21:
+            return torch.addcmul(x, (alpha * x).sin_().square_(), gain, out=out)
+        # what is too long for a CPU's cache passes through it in pieces, and so through main memory once, not five times
+        out, piece = torch.empty_like(x) if out is None else out, 2 ** 16 // x.shape[1]
         for part, made in zip(x.split(piece, dim=-1), out.split(piece, dim=-1)):
             torch.addcmul(part, (alpha * part).sin_().square_(), gain, out=made)
         return out

@@ -325,14 +325,16 @@ class StreamingDecoder:
     def conv(self, conv, x, last, snake=None):
         """A convolution over the end of what came before and x, or what a snake makes of x."""
         pad, n = conv.padding[0], x.shape[-1]
-        before = self.kept.get(conv, x.new_zeros(*x.shape[:2], pad))
+        before = self.kept[conv] if conv in self.kept else x.new_zeros(*x.shape[:2], pad)
         at, size = before.shape[-1], before.shape[-1] + n + pad * last
         seen = x.new_empty(len(x), size, x.shape[1]).transpose(1, 2)    # channels last in memory
-        seen[..., :at], seen[..., at + n:] = before, 0
+        seen[..., :at] = before
         if snake is None:
             seen[..., at:at + n] = x
         else:
             snake(x, out=seen[..., at:at + n])
+        if last:
+            seen[..., at + n:] = 0
         self.kept[conv] = seen[..., max(0, size - 2 * pad):].clone()
         return self.unpadded(conv, seen)
 
@@ -347,8 +349,8 @@ class StreamingDecoder:
         y = self.unpadded(narrow, snake2(y, out=y))
         waiting = self.kept.get(unit, x[..., :0])           # input whose output comes only now
         n, size = min(waiting.shape[-1], y.shape[-1]), y.shape[-1]
-        y[..., :n] += waiting[..., :n]
-        y[..., n:] += x[..., :size - n]
+        y[..., :n].add_(waiting[..., :n])
+        y[..., n:].add_(x[..., :size - n])
         self.kept[unit] = torch.cat([waiting[..., n:], x[..., size - n:]], dim=-1)
         return y
 
