@@ -28,8 +28,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from model import (LMDM, Cond, Config, Conv1d, ConvTranspose1d, ResidualUnit, UserError, add_noise, alpha_sigma, channels_last, denoise,
-                   guided, schedule)
+from model import (LMDM, Cond, Config, Conv1d, ConvTranspose1d, ResidualUnit, UserError, add_noise, alpha_sigma, denoise, guided,
+                   schedule)
 
 SAMPLERS = "euler", "dpmpp", "pingpong"
 DEFAULTS = {                                                # by the stage recorded in the checkpoint
@@ -312,7 +312,7 @@ class StreamingDecoder:
     @torch.no_grad()
     def __call__(self, latents, last=False):
         """(B, C, T) -> the audio (B, 2, n) that they settle; with `last` also all that is still inside."""
-        x = channels_last(latents.to(self.layers[0].weight.dtype))
+        x = latents.to(self.layers[0].weight.dtype)
         for layer in self.layers:
             if isinstance(layer, ResidualUnit):
                 x = self.unit(layer, x, last)
@@ -322,32 +322,36 @@ class StreamingDecoder:
                 x = self.conv(layer, x, last) if isinstance(layer, Conv1d) else layer(x, out=x)
         return x.float()
 
-    def conv(self, conv, x, last, snake=None):
-        """A convolution over the end of what came before and x, or what a snake makes of x."""
-        pad, n = conv.padding[0], x.shape[-1]
-        before = self.kept[conv] if conv in self.kept else x.new_zeros(*x.shape[:2], pad)
-        at, size = before.shape[-1], before.shape[-1] + n + pad * last
-        seen = x.new_empty(len(x), size, x.shape[1]).transpose(1, 2)    # channels last in memory
-        seen[..., :at] = before
+    def joined(self, layer, x, first, after=0, snake=None):
+        """[what was kept of a layer's input, at the start `first` zeros | x, or what a snake makes of it | `after` zeros]"""
+        before = self.kept[layer] if layer in self.kept else x.new_zeros(*x.shape[:2], first)
+        at, end = before.shape[-1], before.shape[-1] + x.shape[-1]
+        whole = x.new_empty(len(x), end + after, x.shape[1]).transpose(1, 2)    # channels last in memory
+        whole[..., :at] = before
         if snake is None:
-            seen[..., at:at + n] = x
+            whole[..., at:end] = x
         else:
-            snake(x, out=seen[..., at:at + n])
-        if last:
-            seen[..., at + n:] = 0
-        self.kept[conv] = seen[..., max(0, size - 2 * pad):].clone()
-        return self.unpadded(conv, seen)
+            snake(x, out=whole[..., at:end])
+        if after:
+            whole[..., end:] = 0
+        return whole
+
+    def conv(self, conv, x, last, snake=None):
+        pad = conv.padding[0]
+        x = self.joined(conv, x, pad, pad * last, snake)
+        self.kept[conv] = x[..., max(0, x.shape[-1] - 2 * pad):].clone()
+        return self.unpadded(conv, x)
 
     def unpadded(self, conv, x):
         if x.shape[-1] <= 2 * conv.padding[0]:
             return x.new_zeros(len(x), conv.out_channels, 0)
         return F.conv2d(x[:, :, None], conv.weight[:, :, None], conv.bias, dilation=(1, *conv.dilation))[:, :, 0]
 
-    def unit(self, unit, x, last):
+    def unit(self, unit, x, last):                          # its output for an input comes a convolution's reach later
         snake, wide, snake2, narrow = unit.layers
         y = self.conv(wide, x, last, snake)
         y = self.unpadded(narrow, snake2(y, out=y))
-        waiting = self.kept.get(unit, x[..., :0])           # input whose output comes only now
+        waiting = self.kept.get(unit, x[..., :0])
         n, size = min(waiting.shape[-1], y.shape[-1]), y.shape[-1]
         y[..., :n].add_(waiting[..., :n])
         y[..., n:].add_(x[..., :size - n])
@@ -356,11 +360,11 @@ class StreamingDecoder:
 
     def upsample(self, conv, x, last):                      # a frame reaches its own samples and those of the next
         stride, pad, started = conv.stride[0], conv.padding[0], conv in self.kept
-        x = torch.cat([self.kept[conv], x], dim=-1) if started else x
+        x = self.joined(conv, x, 0)
         if not x.shape[-1]:
             return x.new_zeros(len(x), conv.out_channels, 0)
         self.kept[conv] = x[..., -1:].clone()
-        y = F.conv_transpose2d(channels_last(x)[:, :, None], conv.weight[:, :, None], conv.bias, (1, stride))[:, :, 0]
+        y = F.conv_transpose2d(x[:, :, None], conv.weight[:, :, None], conv.bias, (1, stride))[:, :, 0]
         return y[..., stride if started else pad:y.shape[-1] - (pad if last else stride)]
 
 
@@ -636,7 +640,7 @@ def main():
     say(f"{path}: {model.stage}, {'block-causal' if c.causal else 'encoder-decoder'}, DiT "
         f"{parameters / 1e6:.1f} M, {args.device}, {threads} threads, {precision}")
     pieces, plan = audio_of(model, args, samples, together)
-    say(plan)
+    say(plan + "; type a prompt and press Enter" * args.live)
     writer = open_output(args.out, c.sample_rate, c.audio_channels, samples)
     first = begun = clipped = written = 0                   # begun: samples in the first piece, out after `first` seconds
     bar = tqdm(total=samples and samples / c.sample_rate, unit="s", unit_scale=True, file=sys.stderr, disable=args.live or None,
