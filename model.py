@@ -191,13 +191,14 @@ class SnakeBeta(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x, out=None):                         # (B, channels, samples); out: where to write, x itself if you like
+    def forward(self, x, out=None):
+        """x (B, channels, samples). out: where to write, x itself if you like; not where gradients are recorded."""
         alpha, beta = (p.exp()[:, None].to(x.dtype) for p in (self.alpha, self.beta))
         gain = 1 / (beta + 1e-9)
         if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() <= 2 ** 21:
             return torch.addcmul(x, (alpha * x).sin_().square_(), gain, out=out)
-        # what is too long for a CPU's cache passes through it in pieces, and so through main memory once, not five times
-        out, piece = torch.empty_like(x) if out is None else out, 2 ** 16 // x.shape[1]
+        # above 8 MiB in pieces that fit a CPU's cache, so that what lies between two operations never goes to main memory
+        out, piece = torch.empty_like(x) if out is None else out, max(1, 2 ** 16 // x[..., 0].numel())
         for part, made in zip(x.split(piece, dim=-1), out.split(piece, dim=-1)):
             torch.addcmul(part, (alpha * part).sin_().square_(), gain, out=made)
         return out
@@ -330,7 +331,8 @@ class Conditioner(nn.Module):
         if self.config.text == "words":
             return self.words(prompts)
         from stable_audio_port import encode_t5             # needs `transformers`, so only here
-        states, mask = encode_t5(prompts, self.config.text_model, self.config.text_tokens, self.config.text_width)
+        device = next(self.numbers.parameters()).device     # T5 itself runs on the CPU
+        states, mask = (y.to(device) for y in encode_t5(prompts, self.config.text_model, self.config.text_tokens, self.config.text_width))
         if self.config.text_width != self.config.cond_width:
             states = self.proj_out(states.to(self.proj_out.weight))
         return states * mask.to(states)[..., None]

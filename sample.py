@@ -1,7 +1,7 @@
 """Play: one block after another, for as long as you like.
 
     python sample.py --seconds 600 > out.wav
-    python sample.py --seconds inf --live | ffplay -nodisp -        # what you type is what is played next
+    python sample.py --live | ffplay -nodisp -nostats -   # what you type is what is played next
 
 `denoise_block` makes a block and `Context` remembers the finished ones (the KV cache); training rolls out with the same
 two. `decode_stream` turns blocks into audio without seams. See "How it works" in the README.
@@ -132,7 +132,7 @@ class Int8Linear(nn.Module):
 def to_precision(model, name):
     """What the DiT and the decoder play in: in bf16 both, in int8 most linear layers of the DiT's blocks. Returns the precision taken.
 
-    auto takes int8 only for a checkpoint that recommends it. The sampler's state, rotary angles, frequencies, the conditioner
+    auto takes int8 only for a checkpoint that recommends it. Weights also come to lie in memory as a CPU wants them. The sampler's state, rotary angles, frequencies, the conditioner
     and the encoder stay in float32. UserError for int8 off the CPU."""
     device = next(model.parameters()).device
     recommended = name == "auto" and model.sampling.get("int8") and has_int8(device)
@@ -266,8 +266,9 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
 
     prime: latents (B, C, T) to go on from; frames before its first whole block are dropped. steps, sampler and cfg
     default to what suits the checkpoint's stage. seed: one, or one for each item, which then is the stream of that seed.
-    change: called before each block; what it returns, unless None, is the condition from there on. Finished blocks stay
-    what they are, and so do their cached keys and values, which remember the condition they were made under."""
+    change: called before each block; gives a new `cond` of the same batch from there on, or None. Finished blocks stay.
+    Block-causal, so do their cached keys and values, made under the old condition (the newest block's only come with the
+    next); encoder-decoder, the context is read anew under the new one, as always."""
     c, settings = model.config, sampling_settings(model, steps, sampler, cfg)
     cfg, device, seeds = settings["cfg"], cond.tokens.device, [seed] if isinstance(seed, int) else seed
     rngs = [torch.Generator().manual_seed(s) for s in seeds]
@@ -319,11 +320,11 @@ class StreamingDecoder:
             elif isinstance(layer, ConvTranspose1d):
                 x = self.upsample(layer, x, last)
             else:
-                x = self.conv(layer, x, last) if isinstance(layer, Conv1d) else layer(x, out=x)
+                x = self.conv(layer, x, last) if isinstance(layer, Conv1d) else layer(x, out=x)     # the layer before made x
         return x.float()
 
     def joined(self, layer, x, first, after=0, snake=None):
-        """[what was kept of a layer's input, at the start `first` zeros | x, or what a snake makes of it | `after` zeros]"""
+        """The end of a layer's input so far (at the start: `first` zeros), then x or snake(x), then `after` zeros."""
         before = self.kept[layer] if layer in self.kept else x.new_zeros(*x.shape[:2], first)
         at, end = before.shape[-1], before.shape[-1] + x.shape[-1]
         whole = x.new_empty(len(x), end + after, x.shape[1]).transpose(1, 2)    # channels last in memory
@@ -332,8 +333,7 @@ class StreamingDecoder:
             whole[..., at:end] = x
         else:
             snake(x, out=whole[..., at:end])
-        if after:
-            whole[..., end:] = 0
+        whole[..., end:] = 0
         return whole
 
     def conv(self, conv, x, last, snake=None):
@@ -347,11 +347,11 @@ class StreamingDecoder:
             return x.new_zeros(len(x), conv.out_channels, 0)
         return F.conv2d(x[:, :, None], conv.weight[:, :, None], conv.bias, dilation=(1, *conv.dilation))[:, :, 0]
 
-    def unit(self, unit, x, last):                          # its output for an input comes a convolution's reach later
+    def unit(self, unit, x, last):
         snake, wide, snake2, narrow = unit.layers
         y = self.conv(wide, x, last, snake)
         y = self.unpadded(narrow, snake2(y, out=y))
-        waiting = self.kept.get(unit, x[..., :0])
+        waiting = self.kept.get(unit, x[..., :0])           # input whose output comes only now
         n, size = min(waiting.shape[-1], y.shape[-1]), y.shape[-1]
         y[..., :n].add_(waiting[..., :n])
         y[..., n:].add_(x[..., :size - n])
@@ -516,9 +516,9 @@ def parse(argv=None):
     p.add_argument("--ckpt", help="checkpoint (default: out/arc.pt, else out/finetune.pt, else nano.pt)")
     p.add_argument("--prompt", help="what to play (default: the checkpoint's own example)")
     p.add_argument("--prompt-file", help="embeddings written by stable_audio_port.py --prompts; the first, or the one --prompt names")
-    p.add_argument("--seconds", type=positive, default=30, help="length; inf plays until stopped")
+    p.add_argument("--seconds", type=positive, help="length (default: 30, with --live inf); inf plays until stopped")
     p.add_argument("--prime", help="audio file to go on from")
-    p.add_argument("--live", action="store_true", help="each line typed while it plays is the prompt from the next block on")
+    p.add_argument("--live", action="store_true", help="each line typed while a player plays is the prompt from the next block on (not on Windows)")
     p.add_argument("--out", help=".wav or .flac instead of standard output")
     # sampling
     p.add_argument("--seed", type=int, default=0)
@@ -530,7 +530,9 @@ def parse(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where the hardware multiplies it faster, else int8 where the checkpoint recommends it")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.seconds = args.seconds or (math.inf if args.live else 30)
+    return args
 
 
 def device_of(name):
@@ -542,33 +544,36 @@ def device_of(name):
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]})") from None
 
 
-def make_cond(model, args, numbers):
-    """The condition for one stream from --prompt or --prompt-file, and the prompt's text."""
-    prompt = args.prompt if args.prompt is not None else model.sampling.get("prompt", "")
-    if args.prompt_file is None:
+def make_cond(model, prompt, prompt_file, numbers):
+    """The condition for one stream from --prompt (None: the checkpoint's own, or the file's first) and --prompt-file, and the prompt's text."""
+    if prompt_file is None:
+        prompt = model.sampling.get("prompt", "") if prompt is None else prompt
         return model.conditioner([prompt], **numbers), prompt
     from stable_audio_port import load_prompts
-    prompts, embeddings = load_prompts(args.prompt_file)
-    if args.prompt is not None and args.prompt not in prompts:
-        raise UserError(f"{args.prompt_file} holds no embedding of {args.prompt!r}; it holds: {'; '.join(prompts[:5])}")
-    row = 0 if args.prompt is None else prompts.index(args.prompt)
-    return model.conditioner(embeddings[row:row + 1].float().to(args.device), **numbers), prompts[row]
+    prompts, embeddings = load_prompts(prompt_file)
+    if prompt is not None and prompt not in prompts:
+        raise UserError(f"{prompt_file} holds no embedding of {prompt!r}; it holds: {'; '.join(prompts[:5])}")
+    row, device = 0 if prompt is None else prompts.index(prompt), next(model.parameters()).device
+    return model.conditioner(embeddings[row:row + 1].float().to(device), **numbers), prompts[row]
 
 
-def last_line(file):
-    """The last line that came into an open file, a terminal or a pipe, since the last call; None if there was none. Never waits."""
-    if not select.select([file], [], [], 0)[0]:
-        return None
-    lines = os.read(file.fileno(), 2 ** 16).decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), None)
+def last_lines(file):
+    """Yield the last line that came into an open file, a terminal or a pipe, since the turn before, or None. Never waits."""
+    unfinished = b""
+    while True:
+        with contextlib.suppress(OSError):                  # a terminal that is gone
+            while select.select([file], [], [], 0)[0] and (more := os.read(file.fileno(), 2 ** 16)):
+                unfinished += more
+        *lines, unfinished = unfinished.split(b"\n")
+        yield next((line.decode(errors="replace").strip() for line in reversed(lines) if line.strip()), None)
 
 
-def new_prompt(model, args):
+def new_prompt(model, prompt_file, lines):
     """--live: the condition that was typed since the last call, or None."""
-    if (line := last_line(sys.stdin)) is None:
+    if (line := next(lines)) is None:
         return None
     try:
-        cond, prompt = make_cond(model, argparse.Namespace(**{**vars(args), "prompt": line}), model.config.stream_numbers)
+        cond, prompt = make_cond(model, line, prompt_file, model.config.stream_numbers)
     except UserError as error:                              # the music goes on
         print(error, file=sys.stderr)
         return None
@@ -586,18 +591,18 @@ def audio_of(model, args, samples, together):
     options = dict(**settings, seed=args.seed)
     if model.stage == "autoencoder":
         raise UserError("this checkpoint holds only an autoencoder yet: finetune.py --init trains the rest")
-    if args.live and (args.no_cache or model.stage == "base"):
-        raise UserError("--live needs a model that streams, and its cache: finished blocks stay what they were under the prompt before")
+    if args.live and (model.stage == "base" or args.no_cache and c.causal):
+        raise UserError("--live needs a model that streams, and block-causal its cache, which remembers what was made under which prompt")
     if args.live and (os.name == "nt" or sys.stdin is None):
-        raise UserError("--live needs a standard input that it can look into without waiting, which Windows does not have")
+        raise UserError("--live reads standard input, without waiting; it is closed, or this is Windows, where that cannot be done")
     if model.stage == "base":
         longest = c.clip * c.hop / c.sample_rate
         if args.seconds > longest:
             raise UserError(f"this checkpoint makes one clip of at most {longest:.1f} s; to stream, finetune it first (finetune.py --init)")
         numbers = {name: 0 if name == "seconds_start" else args.seconds for name, _, _ in c.numbers}
-        cond, prompt = make_cond(model, args, numbers)
+        cond, prompt = make_cond(model, args.prompt, args.prompt_file, numbers)
         return (model.autoencoder.decode(z) for z in [clip(model, cond, c.clip, **options)]), f"{prompt!r}: one clip, {plan}"
-    cond, prompt = make_cond(model, args, c.stream_numbers)
+    cond, prompt = make_cond(model, args.prompt, args.prompt_file, c.stream_numbers)
     if args.prime:
         from data import encode_file
         prime = encode_file(model, args.prime)[None].to(args.device)
@@ -605,7 +610,8 @@ def audio_of(model, args, samples, together):
             raise UserError(f"{args.prime} is shorter than one block ({c.block / c.frame_rate:.2f} s)")
     # whole blocks, and the decoder's reach beyond the end: so a shorter stream is exactly the start of a longer one
     blocks = None if samples is None else math.ceil((samples / c.hop + c.decoder_margin) / c.block)
-    change = (lambda: new_prompt(model, args)) if args.live else None
+    lines = last_lines(sys.stdin)
+    change = (lambda: new_prompt(model, args.prompt_file, lines)) if args.live else None
     latents = stream(model, cond, blocks=blocks, prime=prime, use_cache=not args.no_cache, change=change, **options)
     if together:
         latents = prefetch(latents)

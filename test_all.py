@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import pty
 import re
 import shlex
 import shutil
@@ -33,7 +34,7 @@ import nano
 import sample
 import stable_audio_port as port
 
-from model import (LMDM, PRESETS, Cond, Config, SnakeBeta, UserError, add_noise, alpha_sigma, channels_last, denoise, guided, schedule,
+from model import (LMDM, PRESETS, Cond, Conditioner, Config, SnakeBeta, UserError, add_noise, alpha_sigma, channels_last, denoise, guided, schedule,
                    shift_time, velocity, visible)
 from stable_audio_port import load_stable_audio
 
@@ -302,6 +303,15 @@ def test_wrong_lengths_are_refused():
         model.conditioner(["x"])
 
 
+def test_text_follows_the_model(monkeypatch):
+    """T5's states come from the CPU and must go where the conditioner is, projected or not."""
+    monkeypatch.setattr(port, "encode_t5", lambda prompts, *_: (torch.ones(len(prompts), 3, 8), torch.ones(len(prompts), 3, dtype=torch.bool)))
+    for width in 8, 16:
+        with torch.device("meta"):
+            conditioner = Conditioner(replace(TINY, text="t5", text_tokens=3, text_width=8, cond_width=width))
+        assert conditioner(["a", "b"], seconds_total=1).tokens.device.type == "meta"
+
+
 def test_words_are_stable():
     """The ids are part of every checkpoint: they must never change. Unknown words and long prompts do no harm."""
     words = tiny().conditioner.words
@@ -330,6 +340,18 @@ def test_prompt_changes_from_a_block_on(causal, depth, cfg):
     assert (made - uncached).abs().max() < 1e-4
 
 
+def test_last_lines_of_a_terminal():
+    """A terminal gives a line at a time and a pipe anything: all there is is read, and half a line waits for its end."""
+    for ours, theirs in (pty.openpty()[::-1], os.pipe()):
+        with open(ours) as file:
+            lines = sample.last_lines(file)
+            for typed, want in (("one\ntwo\n", "two"), ("", None), ("fast arpeg", None), ("gios\n \n", "fast arpeggios"), ("caf\u00e9\n", "caf\u00e9")):
+                os.write(theirs, typed.encode())
+                assert (next(lines) if not os.isatty(ours) or typed[-1:] == "\n" or not typed else want) == want
+            os.close(theirs)
+            assert next(lines) is None and next(lines) is None      # the end of the file, a terminal that is gone
+
+
 def test_live_prompts(tiny_file, tmp_path, monkeypatch, call):
     """--live: the last line typed is played from the next block on; one that cannot be is named and the music goes on."""
     def play(typed, *args, name="live.wav"):
@@ -350,6 +372,9 @@ def test_live_prompts(tiny_file, tmp_path, monkeypatch, call):
     err, there = play("slow\n", "--prompt-file", "prompts.pt")
     assert "no embedding of 'slow'" in err and np.array_equal(there, play("", "--prompt-file", "prompts.pt")[1])
     assert "--live needs" in play("fast", "--no-cache")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "closed" in call(sample.main, "--ckpt", tiny_file, "--live", "--out", "live.wav")[1]
+    assert sample.parse(["--live"]).seconds == math.inf and sample.parse([]).seconds == 30
 
 
 @pytest.mark.parametrize("sizes", [[6] * 10, [1] * 60, [48, 12], [60]])
