@@ -469,7 +469,7 @@ def main():
             if phase.startswith("warm") and next_phase(done, args) != phase:
                 optimizer.state.clear()                     # it has served: twice the weights' memory
             if game == 1:
-                model.stage, model.sampling = "arc", dict(steps=args.most, prompt=prompt)
+                model.stage, model.sampling = "arc", dict(steps=args.most, prompt=prompt, words=model.sampling.get("words", []))
             bar.update()
 
             # --- log, warning, checkpoint, sample

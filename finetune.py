@@ -24,7 +24,7 @@ from torch.quasirandom import SobolEngine
 from tqdm import tqdm
 
 import data
-from model import LMDM, PRESETS, Cond, UserError, add_noise, shift_time, velocity
+from model import LMDM, PRESETS, Cond, UserError, add_noise, shift_time, velocity, words_of
 from sample import WavWriter, choose_precision, decode_stream, device_of, keep_memory, load, pcm, prefetch, read_checkpoint, run, save, stream, whole
 
 
@@ -258,6 +258,7 @@ def start_model(args):
     if args.init != "none":
         model = load(args.init, **overrides)
         keep = model.sampling if model.stage == "finetune" else model.sampling.get("finetuned", {})
+        keep = {**keep, "words": model.sampling.get("words", [])}
         if model.stage == "autoencoder":                    # an autoencoder alone: its other weights say nothing yet
             fresh = LMDM(model.config)
             fresh.autoencoder = model.autoencoder
@@ -292,6 +293,8 @@ def main():
     dataset = prepare_once(args.data, model, device, rank, world)
     texts = encode_texts(model, dataset.tracks)
     model.sampling["prompt"] = (dataset.validation or dataset.train)[0].prompt
+    if c.text == "words":
+        model.sampling["words"] = sorted({*model.sampling.get("words", []), *(w for track in dataset.train for w in words_of(track.prompt))})
     model.to(device).requires_grad_(False)
 
     # --- optimizer: everything but the autoencoder

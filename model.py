@@ -300,6 +300,10 @@ class Number(nn.Module):
         return self.linear(torch.cat([x, angles.sin(), angles.cos()], dim=-1).to(self.linear.weight.dtype))    # (B, width)
 
 
+def words_of(prompt):
+    return re.findall(r"\w+", prompt.lower())
+
+
 class Words(nn.Module):
     """Lower-cased words and numbers of a prompt, hashed into a table: a text encoder that needs no download."""
     def __init__(self, rows, width, tokens):
@@ -310,7 +314,7 @@ class Words(nn.Module):
     def forward(self, prompts):                             # B strings
         ids = torch.zeros(len(prompts), self.tokens, dtype=torch.long)
         for row, prompt in zip(ids, prompts):
-            words = re.findall(r"\w+", prompt.lower())[:self.tokens]
+            words = words_of(prompt)[:self.tokens]
             # crc32 and not hash(): the same on every machine and in every Python
             row[:len(words)] = torch.tensor([1 + zlib.crc32(w.encode()) % (self.table.num_embeddings - 1) for w in words])
         return self.table(ids.to(self.table.weight.device))         # (B, tokens, width)
@@ -611,7 +615,7 @@ class DiT(nn.Module):
 class LMDM(nn.Module):
     """The three networks and their sizes. stage: "scratch", "autoencoder" (the DiT's weights say nothing yet),
     "base" (public weights), "finetune" or "arc";
-    sampling: what the checkpoint recommends, over the stage's defaults."""
+    sampling: what the checkpoint recommends, over the stage's defaults, and the words that its own text encoder has met."""
     def __init__(self, config, stage="scratch", sampling=None):
         super().__init__()
         self.config, self.stage, self.sampling = config, stage, sampling or {}

@@ -447,7 +447,8 @@ def pack(args):
         if not same or not (newest.encode(audio) - model.autoencoder.encode(audio)).abs().max() <= 1e-3:
             raise UserError(f"the encoder of {args.autoencoder} is not the one that {args.ckpt} was trained with")
         model.autoencoder.decoder = newest.decoder
-    model.sampling = dict(steps=args.steps, cfg=args.cfg, sampler=args.sampler, prompt=args.prompt, int8=args.int8, finetuned=AFTER_FINETUNING)
+    model.sampling = dict(steps=args.steps, cfg=args.cfg, sampler=args.sampler, prompt=args.prompt, int8=args.int8, finetuned=AFTER_FINETUNING,
+                          words=model.sampling.get("words", []))
     saved = read_checkpoint(args.ckpt)
     save(model, args.out, saved["step"], f"{saved['made']}; {' '.join(['nano.py', *sys.argv[1:]])}", torch.float16)
     print(f"-> {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB", file=sys.stderr)

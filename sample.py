@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from model import (LMDM, Cond, Config, Conv1d, ConvTranspose1d, ResidualUnit, UserError, add_noise, alpha_sigma, denoise, guided,
-                   schedule)
+                   schedule, words_of)
 
 SAMPLERS = "euler", "dpmpp", "pingpong"
 DEFAULTS = {                                                # by the stage recorded in the checkpoint
@@ -547,7 +547,10 @@ def device_of(name):
 def make_cond(model, prompt, prompt_file, numbers):
     """The condition for one stream from --prompt (None: the checkpoint's own, or the file's first) and --prompt-file, and the prompt's text."""
     if prompt_file is None:
-        prompt = model.sampling.get("prompt", "") if prompt is None else prompt
+        prompt, known = model.sampling.get("prompt", "") if prompt is None else prompt, model.sampling.get("words")
+        if known and (strange := [w for w in words_of(prompt) if w not in known]):  # random vectors still: fewer, softer notes
+            print(f"words that this model has not learned are left out: {', '.join(strange)}", file=sys.stderr)
+            prompt = " ".join(w for w in words_of(prompt) if w in known)
         return model.conditioner([prompt], **numbers), prompt
     from stable_audio_port import load_prompts
     prompts, embeddings = load_prompts(prompt_file)

@@ -472,6 +472,23 @@ def test_pack_takes_a_newer_decoder(tmp_path, call):
     assert sample.sampling_settings(finetune.start_model(args)) == nano.AFTER_FINETUNING
 
 
+def test_words_never_learned_are_left_out(tiny_file, music, tmp_path, call):
+    """finetune.py writes down the words of its prompts, the stages after it hand them on, sample.py plays no others."""
+    for script_, *args in ((finetune, "--init", tiny_file, "--data", music, "--steps", 1, "--batch", 2, "--sample-every", 0),
+                           (arc_forcing, "--d-warmup", 0, "--steps", 1, "--batch", 2, "--rollout", 1), (nano, "pack", "--ckpt", "out/arc.pt"),
+                           (finetune, "--init", "nano.pt", "--data", music, "--steps", 1, "--batch", 2, "--sample-every", 0)):
+        status, err = call(script_.main, *args)
+        assert status == 0, err
+    words = {name: sample.load(tmp_path / name).sampling["words"] for name in ("out/arc.pt", "nano.pt", "out/finetune.pt")}
+    assert words["nano.pt"] == words["out/arc.pt"] == words["out/finetune.pt"] and "tone" in words["nano.pt"] and "dreamy" not in words["nano.pt"]
+    played = []
+    for prompt in "tone", "dreamy TONE, warm":
+        status, err = call(sample.main, "--ckpt", "nano.pt", "--seconds", 0.1, "--prompt", prompt, "--out", "a.wav")
+        played.append((tmp_path / "a.wav").read_bytes())
+        assert status == 0 and ("left out: dreamy, warm" in err) == (prompt != "tone")
+    assert played[0] == played[1]
+
+
 def test_side_by_side():
     """Making and decoding blocks share the cores only where there are two to share, and layers are small."""
     assert sample.side_by_side(tiny(), 2) and not sample.side_by_side(tiny(), 1) and not sample.side_by_side(tiny(width=576, heads=9), 2)
