@@ -265,7 +265,7 @@ def start_model(args):
             model = fresh
     else:
         model, keep = LMDM(type(PRESETS[args.preset])(**{**PRESETS[args.preset].to_dict(), **overrides})), {}
-    model.stage, model.sampling = "finetune", dict(keep)
+    model.stage, model.sampling = "finetune", keep
     return model
 
 

@@ -368,7 +368,6 @@ class StreamingDecoder:
         return y[..., stride if started else pad:y.shape[-1] - (pad if last else stride)]
 
 
-@torch.no_grad()
 def decode_stream(autoencoder, latent_blocks):
     """Latent blocks (B, C, n) -> audio pieces (B, 2, m), together equal to decoding everything at once.
 
@@ -613,8 +612,8 @@ def audio_of(model, args, samples, together):
             raise UserError(f"{args.prime} is shorter than one block ({c.block / c.frame_rate:.2f} s)")
     # whole blocks, and the decoder's reach beyond the end: so a shorter stream is exactly the start of a longer one
     blocks = None if samples is None else math.ceil((samples / c.hop + c.decoder_margin) / c.block)
-    lines = last_lines(sys.stdin)
-    change = (lambda: new_prompt(model, args.prompt_file, lines)) if args.live else None
+    lines = last_lines(sys.stdin) if args.live else None
+    change = lines and (lambda: new_prompt(model, args.prompt_file, lines))
     latents = stream(model, cond, blocks=blocks, prime=prime, use_cache=not args.no_cache, change=change, **options)
     if together:
         latents = prefetch(latents)

@@ -313,7 +313,7 @@ def test_text_follows_the_model(monkeypatch):
 
 
 def test_words_are_stable():
-    """The ids are part of every checkpoint: they must never change. Unknown words and long prompts do no harm."""
+    """The ids are part of every checkpoint: they must never change. Unknown words and long prompts are no error."""
     words = tiny().conditioner.words
     with torch.no_grad():
         words.table.weight[1:] = torch.arange(1, 65)[:, None]
@@ -354,21 +354,21 @@ def test_last_lines_of_a_terminal():
 
 def test_live_prompts(tiny_file, tmp_path, monkeypatch, call):
     """--live: the last line typed is played from the next block on; one that cannot be is named and the music goes on."""
-    def play(typed, *args, name="live.wav"):
+    def play(typed, *args):
         read, write = os.pipe()
         os.write(write, typed.encode())
         os.close(write)
         with open(read) as stdin:
             monkeypatch.setattr(sys, "stdin", stdin)
-            status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.4, "--live", "--precision", "float32", "--out", name, *args)
-        return err if status else (err, soundfile.read(tmp_path / name, dtype="int16")[0])
+            status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.4, "--live", "--precision", "float32", "--out", "live.wav", *args)
+        return err if status else (err, soundfile.read(tmp_path / "live.wav", dtype="int16")[0])
     err, live = play("loud\nfast piano\n\n")
     model = sample.load(tiny_file)
     turns = iter([condition(model, "fast piano")])
     latents = latents_of(model, condition(model, "slow piano"), 100, change=lambda: next(turns, None))
     assert "next: 'fast piano'" in err and np.abs(live.astype(int) - sample.pcm(model.autoencoder.decode(latents))[:17640]).max() <= 1
     assert not np.array_equal(live, play("")[1])            # nothing typed: the checkpoint's own prompt
-    torch.save({"prompts": ["fast"], "embeddings": torch.randn(1, 6, 16), "width": 16}, tmp_path / "prompts.pt")
+    torch.save({"prompts": ["fast"], "embeddings": torch.randn(1, 6, 16)}, tmp_path / "prompts.pt")
     err, there = play("slow\n", "--prompt-file", "prompts.pt")
     assert "no embedding of 'slow'" in err and np.array_equal(there, play("", "--prompt-file", "prompts.pt")[1])
     assert "--live needs" in play("fast", "--no-cache")
