@@ -6,9 +6,10 @@
 
 Columns, in milliseconds. step: one denoising step with the cache; block: all steps of a block, taking the last block into
 the cache included; floor: the block's matrix products and attentions alone, as bare library calls on the same shapes;
-outpaint: the same network over the whole window at every step, which is what outpainting does; decode: the block to audio, streaming;
-its floor: the decoder's convolutions alone; whole: the share of a block where eight are decoded at once. Then everything as
-`sample.py` plays it: times real time, and seconds from the start of the stream to its first audio.
+outpaint: the same network over the whole window at every step, which is what outpainting does; decode: the block to audio,
+streaming; its floor: the decoder's convolutions alone, as the library has them; whole: the share of a block where eight are
+decoded at once. Then everything as `sample.py` plays it: times real time, and seconds from the start of the stream to its
+first audio.
 """
 import argparse
 import itertools
@@ -21,8 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import LMDM, PRESETS, Conv1d, ConvTranspose1d, channels_last, schedule
-from sample import (PRECISIONS, Context, Int8Linear, StreamingDecoder, decode_stream, denoise_block, device_of, has_bf16, keep_memory, prefetch, run,
-                    side_by_side, stream, to_precision, whole)
+from sample import (PRECISIONS, Context, Int8Linear, PackedLinear, StreamingDecoder, decode_stream, denoise_block, device_of,
+                    fused_snake, has_bf16, keep_memory, prefetch, run, side_by_side, stream, to_precision, whole)
 
 
 def medians(jobs, repeats, device):
@@ -61,21 +62,24 @@ def block_floor(model, cond, context, steps):
     c, x = model.config, torch.randn(1, model.config.latent_channels, model.config.block).to(cond.tokens)
     t, H, d = torch.tensor(0.5, device=x.device), model.config.heads, model.config.head_width
     context.append(x)
-    passes = [recorded(model.dit.layers, (nn.Linear, Int8Linear), lambda: context.predict(x, t)) for _ in range(2)]    # first step, later step
+    kinds = nn.Linear, Int8Linear, PackedLinear
+    passes = [recorded(model.dit.layers, kinds, lambda: context.predict(x, t)) for _ in range(2)]    # first step, later step
     attentions, zeros = [], model.dit.project_in.weight.new_zeros
     for calls in passes:
         n, cross = calls[0][1].shape[1], cond.tokens.shape[1]
         keys = n if not c.causal and n > c.block + 1 else c.context + n     # encoder-decoder: the first pass holds the context
         attentions.append([(zeros(1, H, n, d), zeros(1, H, k, d)) for k in (keys, cross)])
+    plain = lambda layer, y: nn.Linear(y.shape[-1], layer(y).shape[-1], layer.bias is not None).to(y)
+    passes = [[(plain(layer, y) if isinstance(layer, PackedLinear) else layer, y) for layer, y in calls] for calls in passes]
 
-    def bare():
+    def products():
         for step in range(steps):
             for layer, y in passes[min(step, 1)]:
                 layer(y)
             for _ in range(c.depth):
                 for q, k in attentions[min(step, 1)]:
                     F.scaled_dot_product_attention(q, k, k)
-    return bare
+    return products
 
 
 def decode_floor(autoencoder, latents):
@@ -85,7 +89,7 @@ def decode_floor(autoencoder, latents):
     return lambda: [conv(x) for conv, x in calls]
 
 
-def row(preset, causal, steps, args, device, precision):
+def row(preset, causal, steps, args, device, precision, snake):
     """The figures of one line of the table, as a dictionary."""
     torch.manual_seed(args.seed)
     model = LMDM(replace(PRESETS[preset], causal=causal), stage="arc").requires_grad_(False).eval()
@@ -95,7 +99,7 @@ def row(preset, causal, steps, args, device, precision):
     cond = model.conditioner(text, **c.stream_numbers)
     latents = torch.randn(1, c.latent_channels, c.context, device=device)
     block, levels = latents[..., :c.block], schedule(steps)[:-1].to(device)
-    window, memory, decoder = tuple(range(c.context_blocks)), model.dit.memory(cond), StreamingDecoder(model.autoencoder)
+    window, memory, decoder = tuple(range(c.context_blocks)), model.dit.memory(cond), StreamingDecoder(model.autoencoder, snake)
     context = Context(model, memory, latents)
 
     def denoise():
@@ -120,7 +124,7 @@ def row(preset, causal, steps, args, device, precision):
         torch.set_num_threads((threads + 1) // 2)
         blocks = prefetch(blocks)
     start = time.perf_counter()
-    for audio in decode_stream(model.autoencoder, blocks):
+    for audio in decode_stream(model.autoencoder, blocks, snake):
         audio.cpu()
         played.append(time.perf_counter() - start)
     torch.set_num_threads(threads)
@@ -139,6 +143,7 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+    p.add_argument("--compile", action="store_true", help="as sample.py's")
     args = p.parse_args()
     device = device_of(args.device)
     torch.set_flush_denormal(True)
@@ -147,11 +152,13 @@ def main():
         torch.set_num_threads(args.threads)
     precisions = args.precision or ["float32"] + ["int8"] * (device.type == "cpu") + ["bf16"] * has_bf16(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    print(f"torch {torch.__version__}, {device.type} ({name}), {torch.get_num_threads()} threads, seed {args.seed}, medians of {args.repeats}, ms")
+    print(f"torch {torch.__version__}, {device.type} ({name}), {torch.get_num_threads()} threads, seed {args.seed}, medians of "
+          f"{args.repeats}, ms{', snakes compiled' * args.compile}")
+    snake = fused_snake() if args.compile else None
     columns = ("step", "block", "floor", "outpaint", "decode", "decode floor", "whole", "x real time", "first")
     print(f"{'preset':10} {'regime':7} {'dtype':8} {'steps':>5}" + "".join(f" {name:>12}" for name in columns))
     for preset, precision, regime, steps in itertools.product(args.preset, precisions, args.regime, args.steps):
-        figures = row(preset, regime == "causal", steps, args, device, precision)
+        figures = row(preset, regime == "causal", steps, args, device, precision, snake)
         print(f"{preset:10} {regime:7} {precision:8} {steps:5d}" + "".join(
             f" {figures[name]:12.2f}" if name in ("x real time", "first") else f" {figures[name]:12.1f}" for name in columns), flush=True)
 

@@ -198,7 +198,7 @@ class SnakeBeta(nn.Module):
         if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() <= 2 ** 21:
             return torch.addcmul(x, (alpha * x).sin_().square_(), gain, out=out)
         # above 8 MiB in pieces that fit a CPU's cache, so that what lies between two operations never goes to main memory
-        out, piece = torch.empty_like(x) if out is None else out, max(1, 2 ** 16 // x[..., 0].numel())
+        out, piece = torch.empty_like(x) if out is None else out, max(1, 2 ** 17 // x[..., 0].numel())
         for part, made in zip(x.split(piece, dim=-1), out.split(piece, dim=-1)):
             torch.addcmul(part, (alpha * part).sin_().square_(), gain, out=made)
         return out
@@ -358,19 +358,18 @@ class Conditioner(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ positions and masks
 def rotary(positions, inv_freq):
-    """Positions (N,) -> cos, sin (N, 2 * len(inv_freq)). Angles in float64: exact a million frames on."""
+    """Positions (N,) -> [cos | cos], [-sin | sin], each (N, 2 * len(inv_freq)). Angles in float64: exact a million frames on."""
     angles = torch.outer(positions.double(), inv_freq.double()).remainder(2 * math.pi)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().float(), angles.sin().float()
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, rope):
     """Rotate the first channels of each head, half-split convention. x (B, H, N, d)."""
-    cos, sin = rope                                         # (N, r)
+    cos, sin = rope                                         # (N, r) each
     r = cos.shape[-1]
     head = x[..., :r].float()
-    a, b = head.chunk(2, dim=-1)
-    head = head * cos + torch.cat([-b, a], dim=-1) * sin
+    head = head * cos + head.roll(r // 2, dims=-1) * sin    # the halves change places
     return torch.cat([head.to(x.dtype), x[..., r:]], dim=-1)
 
 
@@ -448,7 +447,7 @@ class Attention(nn.Module):
 
         Returns the output (B, N, D) and the new tokens' own (k, v), each (B, H, N, d), for the caller's cache."""
         q, k, v = (split_heads(y, self.head_width) for y in self.qkv(x).chunk(3, dim=-1))
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope).to(v.dtype)
+        q, k = rotate(torch.cat([self.q_norm(q), self.k_norm(k)], dim=1), rope).to(v.dtype).chunk(2, dim=1)
         new = k, v
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)

@@ -128,31 +128,55 @@ class Int8Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
 
 
+def packs(weight):
+    """Should oneDNN, PyTorch's library for CPUs, get this weight in its own order? With AVX-512 the products of a block of Stable
+    Audio Open Small took 0.8 times as long in float32 and 0.93 in bf16; nano's, which fit in cache, 1.3 times; with AVX2 alone nothing changed."""
+    return (weight.device.type == "cpu" and weight.numel() >= 2 ** 20 and torch.backends.mkldnn.is_available()
+            and torch.cpu._is_avx512_supported())
+
+
+class PackedLinear(nn.Module):
+    """A linear layer on a CPU, its weights in the order in which oneDNN reads them, so that no call has to rearrange them."""
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach()), linear.bias
+
+    def forward(self, x):                                   # (B, N, in_features) -> (B, N, out_features)
+        n = x.shape[-2]
+        if x.dtype == torch.bfloat16 and n % 4:             # rows that nobody reads: with 49 oneDNN was 1.15 times slower than with 52
+            x = torch.cat([x, x[..., :-n % 4, :]], dim=-2)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")[..., :n, :]
+
+
 @torch.no_grad()
 def to_precision(model, name):
     """What the DiT and the decoder play in: in bf16 both, in int8 most linear layers of the DiT's blocks. Returns the precision taken.
 
-    auto takes int8 only for a checkpoint that recommends it. Weights also come to lie in memory as a CPU wants them. The sampler's state, rotary angles, frequencies, the conditioner
-    and the encoder stay in float32. UserError for int8 off the CPU."""
+    auto takes int8 only for a checkpoint that recommends it. Weights also come to lie in memory as a CPU wants them: only once,
+    and not to be trained or saved after. The sampler's state, rotary angles, frequencies, the conditioner and the encoder stay
+    in float32. UserError for int8 off the CPU."""
     device = next(model.parameters()).device
     recommended = name == "auto" and model.sampling.get("int8") and has_int8(device)
     name = choose_precision(name, device)
     if recommended and name == "float32":
         name = "int8"
-    for layer in model.autoencoder.decoder:
-        if isinstance(layer, ConvTranspose1d):              # as the convolution wants them, or it copies them at every call
-            layer.weight.data = layer.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+    if name == "int8" and device.type != "cpu":
+        raise UserError(f"--precision int8 is for CPUs; with --device {device.type} take bf16")
     if name == "bf16":
         for layer in (*model.dit.modules(), *model.autoencoder.decoder.modules()):
             if isinstance(layer, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d, nn.LayerNorm)):
                 layer.to(torch.bfloat16)
-    if name == "int8":
-        if device.type != "cpu":
-            raise UserError(f"--precision int8 is for CPUs; with --device {device.type} take bf16")
-        for layer in model.dit.layers:                      # not ff.down: its input has outliers, and v was off by 14 % instead of 2 %
-            for part, names in (layer.self_attention, ("qkv", "out")), (layer.cross_attention, ("q", "out")), (layer.ff, ("up",)):
-                for child in names:
-                    setattr(part, child, Int8Linear(getattr(part, child)))
+    for layer in model.autoencoder.decoder:
+        if isinstance(layer, ConvTranspose1d):              # or decoding a whole at once copies them at every call
+            layer.weight.data = layer.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+    for layer in model.dit.layers:
+        for part, names in (layer.self_attention, ("qkv", "out")), (layer.cross_attention, ("q", "out")), (layer.ff, ("up", "down")):
+            for child in names:
+                linear = getattr(part, child)
+                if name == "int8" and child != "down":      # its input has outliers, and v was off by 14 % instead of 2 %
+                    setattr(part, child, Int8Linear(linear))
+                elif packs(linear.weight):
+                    setattr(part, child, PackedLinear(linear))
     return name
 
 
@@ -301,27 +325,85 @@ def clip(model, cond, frames, *, steps=None, sampler=None, cfg=None, seed=0):
     return denoise_block(predict, draw(), levels, settings["sampler"], model.config.objective, draw)
 
 
+class Unpadded:
+    """One of the decoder's convolutions without its padding, a copy of its weights lying as a CPU wants them.
+
+    A transposed one has a kernel of two strides: it becomes a convolution over two frames that makes a stride's samples
+    as so many channels, which in channels-last memory are the samples one after another. Its input starts a frame early."""
+
+    def __init__(self, layer):
+        weight, self.bias, self.samples, self.out_channels = layer.weight.detach(), layer.bias, 1, layer.out_channels
+        if isinstance(layer, ConvTranspose1d):              # (in, out, now and before) -> (sample and out, in, before and now)
+            self.samples = layer.stride[0]
+            weight = weight.unflatten(2, (2, self.samples)).flip(2).permute(3, 1, 0, 2).flatten(0, 1)
+            self.bias = self.bias.repeat(self.samples)
+        self.reach, self.dilation = (weight.shape[-1] - 1) * layer.dilation[0], (1, *layer.dilation)
+        self.weight, self.packed = weight[:, :, None].contiguous(memory_format=torch.channels_last), packs(weight)
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, (0, 0), (1, 1), self.dilation, 1)
+
+    def __call__(self, x):                                  # (B, in, T) -> (B, out, (T - reach) * samples)
+        if x.shape[-1] <= self.reach:
+            return x.new_zeros(len(x), self.out_channels, 0)
+        x = x[:, :, None]
+        if self.packed:
+            y = torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, (0, 0), (1, 1), self.dilation, 1, "none", [], "")
+        else:
+            y = F.conv2d(x, self.weight, self.bias, dilation=self.dilation)
+        return y[:, :, 0].transpose(1, 2).reshape(len(x), -1, self.out_channels).transpose(1, 2)
+
+
+def fused_snake():
+    """SnakeBeta compiled, in one pass over memory, as a function (layer, x, out). UserError where there is no compiler."""
+    made = lambda x, alpha, gain: x + gain * torch.sin(alpha * x.float()) ** 2
+    into = torch.compile(lambda x, alpha, gain, out: out.copy_(made(x, alpha, gain)), dynamic=True)
+    in_place = torch.compile(lambda x, alpha, gain: x.copy_(made(x, alpha, gain)), dynamic=True)
+
+    def snake(layer, x, out):                               # sizes of tensors, unlike those of parameters, need compiling only once
+        constants = layer.alpha.exp(), 1 / (layer.beta.exp() + 1e-9)
+        if x.shape[-1] and out is x:
+            in_place(x.transpose(1, 2), *constants)
+        elif x.shape[-1]:
+            into(x.transpose(1, 2), *constants, out.transpose(1, 2))
+        return out
+    try:
+        in_place(torch.rand(2, 3, 5), torch.rand(5), torch.rand(5))
+    except Exception as error:
+        raise UserError(f"--compile found no compiler that works here ({str(error).strip().splitlines()[0][:100]})") from None
+    return snake
+
+
 class StreamingDecoder:
     """The autoencoder's decoder fed piece by piece: each layer keeps the end of its input, so no block is decoded twice.
 
     A convolution that looks ahead gives its output that much later; what its padding is to a whole, zeros at the start
-    and the end are to a stream. So all pieces together equal decoding everything at once."""
+    and the end are to a stream. So all pieces together equal decoding everything at once. snake: `fused_snake()`, if not the layers' own."""
 
-    def __init__(self, autoencoder):
-        self.layers, self.kept = autoencoder.decoder, {}
+    @torch.no_grad()
+    def __init__(self, autoencoder, snake=None):
+        self.layers, self.kept, self.snake = autoencoder.decoder, {}, snake or (lambda layer, x, out: layer(x, out=out))
+        self.unpadded = {layer: Unpadded(layer) for layer in self.layers.modules() if isinstance(layer, (Conv1d, ConvTranspose1d))}
+        self.dtype, device = self.layers[0].weight.dtype, self.layers[0].weight.device.type
+        # values between two layers: in bf16 a CPU multiplies so fast that they should stay in its caches; in float32 it did not matter
+        self.most = 2 ** 21 if device == "cpu" and self.dtype == torch.bfloat16 else math.inf
 
     @torch.no_grad()
     def __call__(self, latents, last=False):
         """(B, C, T) -> the audio (B, 2, n) that they settle; with `last` also all that is still inside."""
-        x = latents.to(self.layers[0].weight.dtype)
-        for layer in self.layers:
+        return self.through(self.layers, latents.to(self.dtype), last).float()
+
+    def through(self, layers, x, last):
+        for i, layer in enumerate(layers):
+            if x.numel() > self.most and x.shape[-1] > 1:   # the rest in pieces: to a stream it is all the same
+                pieces = x.split(max(1, self.most // x[..., 0].numel()), dim=-1)
+                return torch.cat([self.through(layers[i:], piece, last and piece is pieces[-1]) for piece in pieces], dim=-1)
             if isinstance(layer, ResidualUnit):
                 x = self.unit(layer, x, last)
             elif isinstance(layer, ConvTranspose1d):
                 x = self.upsample(layer, x, last)
             else:
-                x = self.conv(layer, x, last) if isinstance(layer, Conv1d) else layer(x, out=x)     # the layer before made x
-        return x.float()
+                x = self.conv(layer, x, last) if isinstance(layer, Conv1d) else self.snake(layer, x, x)     # the layer before made x
+        return x
 
     def joined(self, layer, x, first, after=0, snake=None):
         """The end of a layer's input so far (at the start: `first` zeros), then x or snake(x), then `after` zeros."""
@@ -332,7 +414,7 @@ class StreamingDecoder:
         if snake is None:
             whole[..., at:end] = x
         else:
-            snake(x, out=whole[..., at:end])
+            self.snake(snake, x, whole[..., at:end])
         whole[..., end:] = 0
         return whole
 
@@ -340,17 +422,12 @@ class StreamingDecoder:
         pad = conv.padding[0]
         x = self.joined(conv, x, pad, pad * last, snake)
         self.kept[conv] = x[..., max(0, x.shape[-1] - 2 * pad):].clone()
-        return self.unpadded(conv, x)
-
-    def unpadded(self, conv, x):
-        if x.shape[-1] <= 2 * conv.padding[0]:
-            return x.new_zeros(len(x), conv.out_channels, 0)
-        return F.conv2d(x[:, :, None], conv.weight[:, :, None], conv.bias, dilation=(1, *conv.dilation))[:, :, 0]
+        return self.unpadded[conv](x)
 
     def unit(self, unit, x, last):
         snake, wide, snake2, narrow = unit.layers
         y = self.conv(wide, x, last, snake)
-        y = self.unpadded(narrow, snake2(y, out=y))
+        y = self.unpadded[narrow](self.snake(snake2, y, y))
         waiting = self.kept.get(unit, x[..., :0])           # input whose output comes only now
         n, size = min(waiting.shape[-1], y.shape[-1]), y.shape[-1]
         y[..., :n].add_(waiting[..., :n])
@@ -359,20 +436,19 @@ class StreamingDecoder:
         return y
 
     def upsample(self, conv, x, last):                      # a frame reaches its own samples and those of the next
-        stride, pad, started = conv.stride[0], conv.padding[0], conv in self.kept
-        x = self.joined(conv, x, 0)
-        if not x.shape[-1]:
-            return x.new_zeros(len(x), conv.out_channels, 0)
-        self.kept[conv] = x[..., -1:].clone()
-        y = F.conv_transpose2d(x[:, :, None], conv.weight[:, :, None], conv.bias, (1, stride))[:, :, 0]
-        return y[..., stride if started else pad:y.shape[-1] - (pad if last else stride)]
+        started = conv in self.kept
+        x = self.joined(conv, x, 1, int(last))
+        if x.shape[-1] > 1:
+            self.kept[conv] = x[..., -1:].clone()
+        y, pad = self.unpadded[conv](x), conv.padding[0]
+        return y[..., 0 if started else pad:y.shape[-1] - pad * last]
 
 
-def decode_stream(autoencoder, latent_blocks):
-    """Latent blocks (B, C, n) -> audio pieces (B, 2, m), together equal to decoding everything at once.
+def decode_stream(autoencoder, latent_blocks, snake=None):
+    """Latent blocks (B, C, n) -> audio pieces (B, 2, m), together equal to decoding everything at once. snake: as StreamingDecoder's.
 
     A piece is what its block settles; the rest, for which the decoder must know what follows, comes with the next."""
-    decoder, block = StreamingDecoder(autoencoder), None
+    decoder, block = StreamingDecoder(autoencoder, snake), None
     for block in latent_blocks:
         audio = decoder(block)
         if audio.shape[-1]:
@@ -529,6 +605,7 @@ def parse(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where the hardware multiplies it faster, else int8 where the checkpoint recommends it")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+    p.add_argument("--compile", action="store_true", help="decode faster, after some 20 s of compiling; needs a C++ compiler, on a GPU Triton")
     args = p.parse_args(argv)
     args.seconds = args.seconds or (math.inf if args.live else 30)
     return args
@@ -588,6 +665,9 @@ def audio_of(model, args, samples, together):
 
     together: make blocks while others are decoded."""
     c, prime = model.config, None
+    if args.compile and model.stage == "base":
+        raise UserError("--compile is for models that stream")
+    snake = fused_snake() if args.compile else None
     settings = sampling_settings(model, args.steps, args.sampler, args.cfg)
     plan = f"{settings['steps']} {settings['sampler']} steps, guidance {settings['cfg']:g}"
     options = dict(**settings, seed=args.seed)
@@ -618,10 +698,10 @@ def audio_of(model, args, samples, together):
     if together:
         latents = prefetch(latents)
     if prime is None:
-        pieces = decode_stream(model.autoencoder, latents)
+        pieces = decode_stream(model.autoencoder, latents, snake)
     else:                                                   # decode over the join, then drop what is the recording's
         heard = prime[..., -c.decoder_margin:]
-        pieces = drop(decode_stream(model.autoencoder, itertools.chain([heard], latents)), heard.shape[-1] * c.hop)
+        pieces = drop(decode_stream(model.autoencoder, itertools.chain([heard], latents), snake), heard.shape[-1] * c.hop)
     return pieces, f"{prompt!r}: blocks of {c.block / c.frame_rate:.2f} s seeing {c.context / c.frame_rate:.2f} s, {plan}"
 
 
@@ -647,6 +727,8 @@ def main():
     say = lambda text: print(text, file=sys.stderr)
     say(f"{path}: {model.stage}, {'block-causal' if c.causal else 'encoder-decoder'}, DiT "
         f"{parameters / 1e6:.1f} M, {args.device}, {threads} threads, {precision}")
+    if args.compile:
+        say("compiling: some 20 s before the first block, and a few more during it")
     pieces, plan = audio_of(model, args, samples, together)
     say(plan + "; type a prompt and press Enter" * args.live)
     writer = open_output(args.out, c.sample_rate, c.audio_channels, samples)

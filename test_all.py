@@ -225,7 +225,7 @@ def test_each_item_may_have_its_own_seed():
 def test_bf16_is_float32_within_its_error(causal):
     """bf16 keeps 8 bits: a prediction is off by a few times 2^-8; angles, frequencies and the sampler's state keep all."""
     model, low = tiny(causal=causal), tiny(causal=causal)
-    assert sample.to_precision(low, "float32") == "float32" and low.dit.project_in.weight.dtype == torch.float32
+    assert sample.to_precision(model, "float32") == "float32" and model.dit.project_in.weight.dtype == torch.float32
     assert sample.to_precision(low, "bf16") == "bf16" and low.dit.project_in.weight.dtype == torch.bfloat16
     assert {low.dit.inv_freq.dtype, low.dit.time_frequencies.dtype, low.conditioner.words.table.weight.dtype} == {torch.float32}
     kw = dict(steps=2, sampler="euler", cfg=3.0)
@@ -377,14 +377,50 @@ def test_live_prompts(tiny_file, tmp_path, monkeypatch, call):
     assert sample.parse(["--live"]).seconds == math.inf and sample.parse([]).seconds == 30
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("sizes", [[6] * 10, [1] * 60, [48, 12], [60]])
-def test_streamed_decode_equals_whole(sizes):
+def test_streamed_decode_equals_whole(sizes, packed, monkeypatch):
+    """Whatever the pieces, with weights packed for the CPU or not, and where a piece is too large and goes on in smaller ones."""
     model = tiny()
     latents = torch.randn(2, 8, 60)
     whole = model.autoencoder.decode(latents)
+    monkeypatch.setattr(sample, "packs", lambda weight: packed and torch.backends.mkldnn.is_available())
     sample.to_precision(model, "float32")                   # changes the order of some weights in memory, no number
     streamed = torch.cat(list(sample.decode_stream(model.autoencoder, latents.split(sizes, dim=-1))), dim=-1)
     assert streamed.shape == whole.shape and (streamed - whole).abs().max() < 1e-5
+    decoder = sample.StreamingDecoder(model.autoencoder)
+    decoder.most = 300                                      # 10 frames of the narrowest layer, one or two of the widest
+    streamed = torch.cat([decoder(z, last=i == len(sizes)) for i, z in enumerate([*latents.split(sizes, dim=-1), latents[..., :0]])], dim=-1)
+    assert streamed.shape == whole.shape and (streamed - whole).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN packs nothing")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_layer_is_the_layer(dtype):
+    """For any number of rows, though some are added in bf16; the weights are the layer's own, in another order."""
+    if dtype == torch.bfloat16 and not torch.cpu._is_avx512_supported():
+        pytest.skip("oneDNN has bf16 with AVX-512")
+    for bias in True, False:
+        linear = torch.nn.Linear(64, 48, bias=bias).to(dtype)
+        packed = sample.PackedLinear(linear)
+        for rows in 1, 2, 4, 49:
+            x = torch.randn(2, rows, 64).to(dtype)
+            want, got = linear(x), packed(x)
+            assert got.shape == want.shape and got.dtype == dtype and (got - want).norm() / want.norm() < (0.01 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="--compile needs a C++ compiler")
+def test_compiled_snake_is_the_snake():
+    """Into another place, and over the input; channels and lengths vary."""
+    snake = sample.fused_snake()
+    with torch.no_grad():
+        for channels, samples in (70, 300), (33, 41), (33, 0):
+            layer = SnakeBeta(channels)
+            torch.nn.init.normal_(layer.alpha), torch.nn.init.normal_(layer.beta)
+            x, out = channels_last(torch.randn(2, channels, samples)), channels_last(torch.zeros(2, channels, 2 + samples))
+            want = layer(x)
+            assert torch.allclose(snake(layer, x, out[..., 2:])[..., :samples], want, atol=1e-5) and not out[..., :2].any()
+            assert torch.allclose(snake(layer, x, x), want, atol=1e-5) and torch.allclose(x, want, atol=1e-5)
 
 
 def test_snake_in_pieces_is_the_snake():
