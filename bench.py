@@ -5,7 +5,8 @@
     python bench.py --preset sao_small --device cuda --precision bf16
 
 Columns, in milliseconds. step: one denoising step with the cache; block: all steps of a block, taking the last block into
-the cache included; floor: the block's matrix products and attentions alone, as bare library calls on the same shapes;
+the cache included; floor: the block's matrix products and attentions alone, as bare library calls on the same shapes (a
+block can be faster: large weights lie in another order for it);
 outpaint: the same network over the whole window at every step, which is what outpainting does; decode: the block to audio,
 streaming; its floor: the decoder's convolutions alone, as the library has them; whole: the share of a block where eight are
 decoded at once. Then everything as `sample.py` plays it: times real time, and seconds from the start of the stream to its
@@ -23,7 +24,7 @@ from torch import nn
 
 from model import LMDM, PRESETS, Conv1d, ConvTranspose1d, channels_last, schedule
 from sample import (PRECISIONS, Context, Int8Linear, PackedLinear, StreamingDecoder, decode_stream, denoise_block, device_of,
-                    fused_snake, has_bf16, keep_memory, prefetch, run, side_by_side, stream, to_precision, whole)
+                    has_bf16, keep_memory, prefetch, run, side_by_side, stream, to_precision, whole)
 
 
 def medians(jobs, repeats, device):
@@ -69,8 +70,9 @@ def block_floor(model, cond, context, steps):
         n, cross = calls[0][1].shape[1], cond.tokens.shape[1]
         keys = n if not c.causal and n > c.block + 1 else c.context + n     # encoder-decoder: the first pass holds the context
         attentions.append([(zeros(1, H, n, d), zeros(1, H, k, d)) for k in (keys, cross)])
-    plain = lambda layer, y: nn.Linear(y.shape[-1], layer(y).shape[-1], layer.bias is not None).to(y)
-    passes = [[(plain(layer, y) if isinstance(layer, PackedLinear) else layer, y) for layer, y in calls] for calls in passes]
+    plain = {layer: nn.Linear(y.shape[-1], layer(y).shape[-1], layer.bias is not None).to(y)
+             for layer, y in passes[1] if isinstance(layer, PackedLinear)}
+    passes = [[(plain.get(layer, layer), y) for layer, y in calls] for calls in passes]
 
     def products():
         for step in range(steps):
@@ -89,7 +91,7 @@ def decode_floor(autoencoder, latents):
     return lambda: [conv(x) for conv, x in calls]
 
 
-def row(preset, causal, steps, args, device, precision, snake):
+def row(preset, causal, steps, args, device, precision):
     """The figures of one line of the table, as a dictionary."""
     torch.manual_seed(args.seed)
     model = LMDM(replace(PRESETS[preset], causal=causal), stage="arc").requires_grad_(False).eval()
@@ -99,7 +101,7 @@ def row(preset, causal, steps, args, device, precision, snake):
     cond = model.conditioner(text, **c.stream_numbers)
     latents = torch.randn(1, c.latent_channels, c.context, device=device)
     block, levels = latents[..., :c.block], schedule(steps)[:-1].to(device)
-    window, memory, decoder = tuple(range(c.context_blocks)), model.dit.memory(cond), StreamingDecoder(model.autoencoder, snake)
+    window, memory, decoder = tuple(range(c.context_blocks)), model.dit.memory(cond), StreamingDecoder(model.autoencoder, args.compile)
     context = Context(model, memory, latents)
 
     def denoise():
@@ -123,8 +125,9 @@ def row(preset, causal, steps, args, device, precision, snake):
     if side_by_side(model, threads):                        # as sample.py does
         torch.set_num_threads((threads + 1) // 2)
         blocks = prefetch(blocks)
+    StreamingDecoder(model.autoencoder, args.compile)(block)    # compiling again, where the number of threads has changed
     start = time.perf_counter()
-    for audio in decode_stream(model.autoencoder, blocks, snake):
+    for audio in decode_stream(model.autoencoder, blocks, args.compile):
         audio.cpu()
         played.append(time.perf_counter() - start)
     torch.set_num_threads(threads)
@@ -154,11 +157,10 @@ def main():
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     print(f"torch {torch.__version__}, {device.type} ({name}), {torch.get_num_threads()} threads, seed {args.seed}, medians of "
           f"{args.repeats}, ms{', snakes compiled' * args.compile}")
-    snake = fused_snake() if args.compile else None
     columns = ("step", "block", "floor", "outpaint", "decode", "decode floor", "whole", "x real time", "first")
     print(f"{'preset':10} {'regime':7} {'dtype':8} {'steps':>5}" + "".join(f" {name:>12}" for name in columns))
     for preset, precision, regime, steps in itertools.product(args.preset, precisions, args.regime, args.steps):
-        figures = row(preset, regime == "causal", steps, args, device, precision, snake)
+        figures = row(preset, regime == "causal", steps, args, device, precision)
         print(f"{preset:10} {regime:7} {precision:8} {steps:5d}" + "".join(
             f" {figures[name]:12.2f}" if name in ("x real time", "first") else f" {figures[name]:12.1f}" for name in columns), flush=True)
 

@@ -197,7 +197,7 @@ class SnakeBeta(nn.Module):
         gain = 1 / (beta + 1e-9)
         if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() <= 2 ** 21:
             return torch.addcmul(x, (alpha * x).sin_().square_(), gain, out=out)
-        # above 8 MiB in pieces that fit a CPU's cache, so that what lies between two operations never goes to main memory
+        # above 2^21 values in pieces that fit a CPU's cache, so that what lies between two operations never goes to main memory
         out, piece = torch.empty_like(x) if out is None else out, max(1, 2 ** 17 // x[..., 0].numel())
         for part, made in zip(x.split(piece, dim=-1), out.split(piece, dim=-1)):
             torch.addcmul(part, (alpha * part).sin_().square_(), gain, out=made)
@@ -230,6 +230,7 @@ class ResidualUnit(nn.Module):
             SnakeBeta(channels), Conv1d(channels, channels, 1))
 
     def forward(self, x):
+        x = x.to(self.layers[1].weight.dtype)               # in bf16 the last units stay in float32
         return x + self.layers(x)
 
 

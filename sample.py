@@ -17,6 +17,7 @@ import struct
 import sys
 import time
 from collections import deque
+from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -129,8 +130,10 @@ class Int8Linear(nn.Module):
 
 
 def packs(weight):
-    """Should oneDNN, PyTorch's library for CPUs, get this weight in its own order? With AVX-512 the products of a block of Stable
-    Audio Open Small took 0.8 times as long in float32 and 0.93 in bf16; nano's, which fit in cache, 1.3 times; with AVX2 alone nothing changed."""
+    """Should oneDNN, PyTorch's library for CPUs, get this weight, of a linear layer or a convolution, in its own order?
+
+    With AVX-512 the products of a block of Stable Audio Open Small took 0.8 times as long in float32 and 0.93 in bf16;
+    nano's, which fit in cache, 1.3 times; with AVX2 alone nothing changed."""
     return (weight.device.type == "cpu" and weight.numel() >= 2 ** 20 and torch.backends.mkldnn.is_available()
             and torch.cpu._is_avx512_supported())
 
@@ -143,17 +146,17 @@ class PackedLinear(nn.Module):
 
     def forward(self, x):                                   # (B, N, in_features) -> (B, N, out_features)
         n = x.shape[-2]
-        if x.dtype == torch.bfloat16 and n % 4:             # rows that nobody reads: with 49 oneDNN was 1.15 times slower than with 52
+        if x.dtype == torch.bfloat16 and n % 4:             # up to 3 rows that nobody reads: oneDNN is slower with 49 than with 52
             x = torch.cat([x, x[..., :-n % 4, :]], dim=-2)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")[..., :n, :]
 
 
 @torch.no_grad()
 def to_precision(model, name):
-    """What the DiT and the decoder play in: in bf16 both, in int8 most linear layers of the DiT's blocks. Returns the precision taken.
+    """What the DiT and the decoder play in: in bf16 both but for the audio's own rate, in int8 most linear layers of the DiT's blocks. Returns the precision taken.
 
-    auto takes int8 only for a checkpoint that recommends it. Weights also come to lie in memory as a CPU wants them: only once,
-    and not to be trained or saved after. The sampler's state, rotary angles, frequencies, the conditioner and the encoder stay
+    auto takes int8 only for a checkpoint that recommends it. Weights also come to lie in memory as a CPU wants them: call it
+    once, and neither train nor save the model after. The sampler's state, rotary angles, frequencies, the conditioner and the encoder stay
     in float32. UserError for int8 off the CPU."""
     device = next(model.parameters()).device
     recommended = name == "auto" and model.sampling.get("int8") and has_int8(device)
@@ -163,7 +166,8 @@ def to_precision(model, name):
     if name == "int8" and device.type != "cpu":
         raise UserError(f"--precision int8 is for CPUs; with --device {device.type} take bf16")
     if name == "bf16":
-        for layer in (*model.dit.modules(), *model.autoencoder.decoder.modules()):
+        # not the decoder's last level, where 8 bits are heard: nano's distance to held-out audio was 3531 in place of 864
+        for layer in (*model.dit.modules(), *model.autoencoder.decoder[:-5].modules()):
             if isinstance(layer, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d, nn.LayerNorm)):
                 layer.to(torch.bfloat16)
     for layer in model.autoencoder.decoder:
@@ -338,6 +342,7 @@ class Unpadded:
             weight = weight.unflatten(2, (2, self.samples)).flip(2).permute(3, 1, 0, 2).flatten(0, 1)
             self.bias = self.bias.repeat(self.samples)
         self.reach, self.dilation = (weight.shape[-1] - 1) * layer.dilation[0], (1, *layer.dilation)
+        self.dtype = weight.dtype
         self.weight, self.packed = weight[:, :, None].contiguous(memory_format=torch.channels_last), packs(weight)
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, (0, 0), (1, 1), self.dilation, 1)
@@ -353,23 +358,25 @@ class Unpadded:
         return y[:, :, 0].transpose(1, 2).reshape(len(x), -1, self.out_channels).transpose(1, 2)
 
 
-def fused_snake():
-    """SnakeBeta compiled, in one pass over memory, as a function (layer, x, out). UserError where there is no compiler."""
+@lru_cache
+def fused_snake(device, dtype):
+    """SnakeBeta compiled, in one pass over memory, as a function (layer, x, out). UserError where that does not work."""
     made = lambda x, alpha, gain: x + gain * torch.sin(alpha * x.float()) ** 2
     into = torch.compile(lambda x, alpha, gain, out: out.copy_(made(x, alpha, gain)), dynamic=True)
     in_place = torch.compile(lambda x, alpha, gain: x.copy_(made(x, alpha, gain)), dynamic=True)
+    torch._dynamo.config.recompile_limit = 64               # for every precision and number of threads
 
-    def snake(layer, x, out):                               # sizes of tensors, unlike those of parameters, need compiling only once
-        constants = layer.alpha.exp(), 1 / (layer.beta.exp() + 1e-9)
+    def snake(layer, x, out):
+        constants = layer.alpha.exp(), 1 / (layer.beta.exp() + 1e-9)    # no parameters: for those every size would be compiled anew
         if x.shape[-1] and out is x:
             in_place(x.transpose(1, 2), *constants)
         elif x.shape[-1]:
             into(x.transpose(1, 2), *constants, out.transpose(1, 2))
         return out
-    try:
-        in_place(torch.rand(2, 3, 5), torch.rand(5), torch.rand(5))
+    try:                                                    # (B, samples, channels), like the first that comes
+        in_place(torch.rand(1, 5, 3, device=device, dtype=dtype), *torch.rand(2, 3, device=device))
     except Exception as error:
-        raise UserError(f"--compile found no compiler that works here ({str(error).strip().splitlines()[0][:100]})") from None
+        raise UserError(f"--compile does not work here ({(str(error).strip() or repr(error)).splitlines()[0][:100]})") from None
     return snake
 
 
@@ -377,13 +384,15 @@ class StreamingDecoder:
     """The autoencoder's decoder fed piece by piece: each layer keeps the end of its input, so no block is decoded twice.
 
     A convolution that looks ahead gives its output that much later; what its padding is to a whole, zeros at the start
-    and the end are to a stream. So all pieces together equal decoding everything at once. snake: `fused_snake()`, if not the layers' own."""
+    and the end are to a stream. So all pieces together equal decoding everything at once. Has its own copy of the weights.
+    compile: the snakes."""
 
     @torch.no_grad()
-    def __init__(self, autoencoder, snake=None):
-        self.layers, self.kept, self.snake = autoencoder.decoder, {}, snake or (lambda layer, x, out: layer(x, out=out))
+    def __init__(self, autoencoder, compile=False):
+        self.layers, self.kept = autoencoder.decoder, {}
         self.unpadded = {layer: Unpadded(layer) for layer in self.layers.modules() if isinstance(layer, (Conv1d, ConvTranspose1d))}
         self.dtype, device = self.layers[0].weight.dtype, self.layers[0].weight.device.type
+        self.snake = fused_snake(device, self.dtype) if compile else lambda layer, x, out: layer(x, out=out)
         # values between two layers: in bf16 a CPU multiplies so fast that they should stay in its caches; in float32 it did not matter
         self.most = 2 ** 21 if device == "cpu" and self.dtype == torch.bfloat16 else math.inf
 
@@ -426,6 +435,7 @@ class StreamingDecoder:
 
     def unit(self, unit, x, last):
         snake, wide, snake2, narrow = unit.layers
+        x = x.to(self.unpadded[wide].dtype)
         y = self.conv(wide, x, last, snake)
         y = self.unpadded[narrow](self.snake(snake2, y, y))
         waiting = self.kept.get(unit, x[..., :0])           # input whose output comes only now
@@ -444,11 +454,11 @@ class StreamingDecoder:
         return y[..., 0 if started else pad:y.shape[-1] - pad * last]
 
 
-def decode_stream(autoencoder, latent_blocks, snake=None):
-    """Latent blocks (B, C, n) -> audio pieces (B, 2, m), together equal to decoding everything at once. snake: as StreamingDecoder's.
+def decode_stream(autoencoder, latent_blocks, compile=False):
+    """Latent blocks (B, C, n) -> audio pieces (B, 2, m), together equal to decoding everything at once. compile: the snakes.
 
     A piece is what its block settles; the rest, for which the decoder must know what follows, comes with the next."""
-    decoder, block = StreamingDecoder(autoencoder, snake), None
+    decoder, block = StreamingDecoder(autoencoder, compile), None
     for block in latent_blocks:
         audio = decoder(block)
         if audio.shape[-1]:
@@ -605,7 +615,7 @@ def parse(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where the hardware multiplies it faster, else int8 where the checkpoint recommends it")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
-    p.add_argument("--compile", action="store_true", help="decode faster, after some 20 s of compiling; needs a C++ compiler, on a GPU Triton")
+    p.add_argument("--compile", action="store_true", help="compile part of the decoder: 20 s more before the first block, then up to 1.3 times faster")
     args = p.parse_args(argv)
     args.seconds = args.seconds or (math.inf if args.live else 30)
     return args
@@ -667,7 +677,6 @@ def audio_of(model, args, samples, together):
     c, prime = model.config, None
     if args.compile and model.stage == "base":
         raise UserError("--compile is for models that stream")
-    snake = fused_snake() if args.compile else None
     settings = sampling_settings(model, args.steps, args.sampler, args.cfg)
     plan = f"{settings['steps']} {settings['sampler']} steps, guidance {settings['cfg']:g}"
     options = dict(**settings, seed=args.seed)
@@ -698,10 +707,10 @@ def audio_of(model, args, samples, together):
     if together:
         latents = prefetch(latents)
     if prime is None:
-        pieces = decode_stream(model.autoencoder, latents, snake)
+        pieces = decode_stream(model.autoencoder, latents, args.compile)
     else:                                                   # decode over the join, then drop what is the recording's
         heard = prime[..., -c.decoder_margin:]
-        pieces = drop(decode_stream(model.autoencoder, itertools.chain([heard], latents), snake), heard.shape[-1] * c.hop)
+        pieces = drop(decode_stream(model.autoencoder, itertools.chain([heard], latents), args.compile), heard.shape[-1] * c.hop)
     return pieces, f"{prompt!r}: blocks of {c.block / c.frame_rate:.2f} s seeing {c.context / c.frame_rate:.2f} s, {plan}"
 
 
@@ -727,11 +736,11 @@ def main():
     say = lambda text: print(text, file=sys.stderr)
     say(f"{path}: {model.stage}, {'block-causal' if c.causal else 'encoder-decoder'}, DiT "
         f"{parameters / 1e6:.1f} M, {args.device}, {threads} threads, {precision}")
-    if args.compile:
-        say("compiling: some 20 s before the first block, and a few more during it")
     pieces, plan = audio_of(model, args, samples, together)
     say(plan + "; type a prompt and press Enter" * args.live)
     writer = open_output(args.out, c.sample_rate, c.audio_channels, samples)
+    if args.compile:
+        say("compiling: the first block takes 20 to 30 s longer")
     first = begun = clipped = written = 0                   # begun: samples in the first piece, out after `first` seconds
     bar = tqdm(total=samples and samples / c.sample_rate, unit="s", unit_scale=True, file=sys.stderr, disable=args.live or None,
                bar_format="{l_bar}{bar}| {n:.0f} s, {rate_fmt}")

@@ -235,6 +235,8 @@ def test_bf16_is_float32_within_its_error(causal):
     assert 0 < (a - b).norm() / a.norm() < 0.03 and (b - uncached).norm() / a.norm() < 0.03
     audio, rough = (torch.cat(list(sample.decode_stream(m.autoencoder, a.split(6, dim=-1))), dim=-1) for m in (model, low))
     assert rough.dtype == torch.float32 and 0 < (audio - rough).norm() / audio.norm() < 0.03
+    assert (rough - rough.bfloat16()).norm() / rough.norm() > 1e-3      # what is heard is not rounded to 8 bits
+    assert (low.autoencoder.decode(a) - rough).norm() / audio.norm() < 0.03 and low.autoencoder.decode(a).dtype == torch.float32
 
 
 def test_int8_layer_by_hand():
@@ -411,16 +413,19 @@ def test_packed_layer_is_the_layer(dtype):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="--compile needs a C++ compiler")
 def test_compiled_snake_is_the_snake():
-    """Into another place, and over the input; channels and lengths vary."""
-    snake = sample.fused_snake()
+    """Into another place, and over the input; channels and lengths vary. In a decoder too, which equals the whole."""
+    snake = sample.fused_snake("cpu", torch.float32)
     with torch.no_grad():
-        for channels, samples in (70, 300), (33, 41), (33, 0):
+        for batch, channels, samples in (1, 70, 300), (2, 33, 41), (1, 33, 0):
             layer = SnakeBeta(channels)
             torch.nn.init.normal_(layer.alpha), torch.nn.init.normal_(layer.beta)
-            x, out = channels_last(torch.randn(2, channels, samples)), channels_last(torch.zeros(2, channels, 2 + samples))
+            x, out = channels_last(torch.randn(batch, channels, samples)), channels_last(torch.zeros(batch, channels, 2 + samples))
             want = layer(x)
             assert torch.allclose(snake(layer, x, out[..., 2:])[..., :samples], want, atol=1e-5) and not out[..., :2].any()
             assert torch.allclose(snake(layer, x, x), want, atol=1e-5) and torch.allclose(x, want, atol=1e-5)
+        model, latents = tiny(), torch.randn(1, 8, 30)
+        streamed = torch.cat(list(sample.decode_stream(model.autoencoder, latents.split(6, dim=-1), compile=True)), dim=-1)
+        assert (streamed - model.autoencoder.decode(latents)).abs().max() < 1e-5
 
 
 def test_snake_in_pieces_is_the_snake():
