@@ -153,11 +153,12 @@ class PackedLinear(nn.Module):
 
 @torch.no_grad()
 def to_precision(model, name):
-    """What the DiT and the decoder play in: in bf16 both but for the audio's own rate, in int8 most linear layers of the DiT's blocks. Returns the precision taken.
+    """What the model plays in: in bf16 the DiT, and the decoder but for its last level, in int8 most linear layers of the DiT's
+    blocks. Returns the precision taken.
 
     auto takes int8 only for a checkpoint that recommends it. Weights also come to lie in memory as a CPU wants them: call it
-    once, and neither train nor save the model after. The sampler's state, rotary angles, frequencies, the conditioner and the encoder stay
-    in float32. UserError for int8 off the CPU."""
+    once, and neither train nor save the model after. The sampler's state, rotary angles, frequencies, the conditioner and the
+    encoder stay in float32. UserError for int8 off the CPU."""
     device = next(model.parameters()).device
     recommended = name == "auto" and model.sampling.get("int8") and has_int8(device)
     name = choose_precision(name, device)
@@ -615,7 +616,7 @@ def parse(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where the hardware multiplies it faster, else int8 where the checkpoint recommends it")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
-    p.add_argument("--compile", action="store_true", help="compile part of the decoder: 20 s more before the first block, then up to 1.3 times faster")
+    p.add_argument("--compile", action="store_true", help="compile part of the decoder: 20 s more before the first block, then faster")
     args = p.parse_args(argv)
     args.seconds = args.seconds or (math.inf if args.live else 30)
     return args
