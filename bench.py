@@ -6,11 +6,10 @@
 
 Columns, in milliseconds. step: one denoising step with the cache; block: all steps of a block, taking the last block into
 the cache included; floor: the block's matrix products and attentions alone, as bare library calls on the same shapes (a
-block can be faster: large weights lie in another order for it);
-outpaint: the same network over the whole window at every step, which is what outpainting does; decode: the block to audio,
-streaming; its floor: the decoder's convolutions alone, as the library has them; whole: the share of a block where eight are
-decoded at once. Then everything as `sample.py` plays it: times real time, and seconds from the start of the stream to its
-first audio.
+block can be faster: large weights lie in another order for it); outpaint: the same network over the whole window at every
+step, which is what outpainting does; decode: the block to audio, streaming; its floor: the decoder's convolutions alone, as
+the library has them; whole: the share of a block where eight are decoded at once. Then everything as `sample.py` plays it:
+times real time, and seconds from the start of the stream to its first audio.
 """
 import argparse
 import itertools
@@ -125,7 +124,8 @@ def row(preset, causal, steps, args, device, precision):
     if side_by_side(model, threads):                        # as sample.py does
         torch.set_num_threads((threads + 1) // 2)
         blocks = prefetch(blocks)
-    StreamingDecoder(model.autoencoder, args.compile)(block)    # compiling again, where the number of threads has changed
+    if args.compile:                                        # again, where the number of threads has changed
+        StreamingDecoder(model.autoencoder, args.compile)(block)
     start = time.perf_counter()
     for audio in decode_stream(model.autoencoder, blocks, args.compile):
         audio.cpu()

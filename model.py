@@ -191,10 +191,13 @@ class SnakeBeta(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
 
+    def constants(self, dtype):
+        """alpha and 1 / beta, each (channels,)."""
+        return self.alpha.exp().to(dtype), 1 / (self.beta.exp().to(dtype) + 1e-9)
+
     def forward(self, x, out=None):
         """x (B, channels, samples). out: where to write, x itself if you like; not where gradients are recorded."""
-        alpha, beta = (p.exp()[:, None].to(x.dtype) for p in (self.alpha, self.beta))
-        gain = 1 / (beta + 1e-9)
+        alpha, gain = (y[:, None] for y in self.constants(x.dtype))
         if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() <= 2 ** 21:
             return torch.addcmul(x, (alpha * x).sin_().square_(), gain, out=out)
         # above 2^21 values in pieces that fit a CPU's cache, so that what lies between two operations never goes to main memory

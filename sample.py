@@ -368,7 +368,7 @@ def fused_snake(device, dtype):
     torch._dynamo.config.recompile_limit = 64               # for every precision and number of threads
 
     def snake(layer, x, out):
-        constants = layer.alpha.exp(), 1 / (layer.beta.exp() + 1e-9)    # no parameters: for those every size would be compiled anew
+        constants = layer.constants(torch.float32)          # no parameters: for those every size would be compiled anew
         if x.shape[-1] and out is x:
             in_place(x.transpose(1, 2), *constants)
         elif x.shape[-1]:
