@@ -320,9 +320,10 @@ def main():
         if not rank:
             log.write(step=0, validation=f"{start:.6f}")
 
-    # --- the loop; the next batch is drawn while this one is learned
-    draws = prefetch(draw_batch(dataset.train, c, args.batch, args.blocks, part, args.seed, n, args.shift)
-                     for n in range(step, args.steps) for part in rows)
+    # --- the loop; on a GPU the next batch is drawn while this one is learned, a CPU has no core left for that
+    draws = (draw_batch(dataset.train, c, args.batch, args.blocks, part, args.seed, n, args.shift)
+             for n in range(step, args.steps) for part in rows)
+    draws = prefetch(draws) if device.type == "cuda" else draws
     bar, clock = tqdm(total=args.steps, initial=step, file=sys.stderr, disable=None if not rank else True), time.time()
     tokens, made, spent = args.batch * ((c.context_blocks + 2 * args.blocks - 1) * c.block + args.blocks), 0, 0.0
     try:

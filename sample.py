@@ -557,7 +557,7 @@ def mallopt(options):
 
 def keep_memory():
     """glibc returns large tensors to the kernel when freed, and gets them back page by page, zeroed: have it keep them."""
-    mallopt({-4: 0, -1: 2 ** 31 - 1, -2: 2 ** 26, -8: 1})   # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX
+    mallopt({-4: 0, -1: 2 ** 31 - 1, -2: 2 ** 26})          # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
 def run(main):
