@@ -343,7 +343,6 @@ class Unpadded:
             weight = weight.unflatten(2, (2, self.samples)).flip(2).permute(3, 1, 0, 2).flatten(0, 1)
             self.bias = self.bias.repeat(self.samples)
         self.reach, self.dilation = (weight.shape[-1] - 1) * layer.dilation[0], (1, *layer.dilation)
-        self.dtype = weight.dtype
         self.weight, self.packed = weight[:, :, None].contiguous(memory_format=torch.channels_last), packs(weight)
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, (0, 0), (1, 1), self.dilation, 1)
@@ -436,7 +435,7 @@ class StreamingDecoder:
 
     def unit(self, unit, x, last):
         snake, wide, snake2, narrow = unit.layers
-        x = x.to(self.unpadded[wide].dtype)
+        x = x.to(wide.weight.dtype)                         # in bf16 the last units stay in float32
         y = self.conv(wide, x, last, snake)
         y = self.unpadded[narrow](self.snake(snake2, y, y))
         waiting = self.kept.get(unit, x[..., :0])           # input whose output comes only now
