@@ -458,13 +458,17 @@ def decode_stream(autoencoder, latent_blocks, compile=False):
     """Latent blocks (B, C, n) -> audio pieces (B, 2, m), together equal to decoding everything at once. compile: the snakes.
 
     A piece is what its block settles; the rest, for which the decoder must know what follows, comes with the next."""
-    decoder, block = StreamingDecoder(autoencoder, compile), None
-    for block in latent_blocks:
-        audio = decoder(block)
-        if audio.shape[-1]:
-            yield audio
-    if block is not None:
-        yield decoder(block[..., :0], last=True)
+    decoder = StreamingDecoder(autoencoder, compile)        # at the call, so that its UserError comes before any output is opened
+
+    def pieces():
+        block = None
+        for block in latent_blocks:
+            audio = decoder(block)
+            if audio.shape[-1]:
+                yield audio
+        if block is not None:
+            yield decoder(block[..., :0], last=True)
+    return pieces()
 
 
 def prefetch(items):
@@ -736,11 +740,11 @@ def main():
     say = lambda text: print(text, file=sys.stderr)
     say(f"{path}: {model.stage}, {'block-causal' if c.causal else 'encoder-decoder'}, DiT "
         f"{parameters / 1e6:.1f} M, {args.device}, {threads} threads, {precision}")
+    if args.compile:
+        say("compiling: the first block takes 20 to 30 s longer")
     pieces, plan = audio_of(model, args, samples, together)
     say(plan + "; type a prompt and press Enter" * args.live)
     writer = open_output(args.out, c.sample_rate, c.audio_channels, samples)
-    if args.compile:
-        say("compiling: the first block takes 20 to 30 s longer")
     first = begun = clipped = written = 0                   # begun: samples in the first piece, out after `first` seconds
     bar = tqdm(total=samples and samples / c.sample_rate, unit="s", unit_scale=True, file=sys.stderr, disable=args.live or None,
                bar_format="{l_bar}{bar}| {n:.0f} s, {rate_fmt}")
