@@ -428,6 +428,16 @@ def test_compiled_snake_is_the_snake():
         assert (streamed - model.autoencoder.decode(latents)).abs().max() < 1e-5
 
 
+def test_without_a_compiler_compile_ends_before_the_output_is_opened(tiny_file, tmp_path):
+    """... or a recording of that name would be lost to an option that does not work here."""
+    out = tmp_path / "kept.wav"
+    out.write_bytes(b"a recording")
+    env = dict(os.environ, CXX="/nonexistent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    done = script("sample.py", "--ckpt", tiny_file, "--seconds", 1, "--compile", "--out", out, text=True, env=env)
+    assert done.returncode == 2 and "--compile does not work here" in done.stderr and "Traceback" not in done.stderr
+    assert out.read_bytes() == b"a recording"
+
+
 def test_snake_in_pieces_is_the_snake():
     """A long input goes through in pieces: the same numbers, also written over the input, in either order of memory."""
     snake = SnakeBeta(70)
