@@ -617,7 +617,7 @@ def parse(argv=None):
     p.add_argument("--no-cache", action="store_true", help="recompute the whole context at every step: slow, the same music")
     # machine
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where the hardware multiplies it faster, else int8 where the checkpoint recommends it")
+    p.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 where it is faster, else int8 where the checkpoint recommends it")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
     p.add_argument("--compile", action="store_true", help="compile part of the decoder: 20 s more before the first block, then faster")
     args = p.parse_args(argv)
