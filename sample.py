@@ -99,7 +99,7 @@ PRECISIONS = "auto", "float32", "bf16", "int8"
 
 
 def has_bf16(device):
-    """Are bf16 matrix products faster than float32 here? On a CPU it takes AVX-512 BF16 (2 to 3 times as fast) or AMX, which implies it."""
+    """Are bf16 matrix products faster than float32 here? On a CPU it takes AVX-512 BF16, which AMX implies."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()

@@ -276,8 +276,8 @@ def test_int8_is_float32_within_its_error(causal):
 
 def test_precision_is_chosen_by_asking_the_hardware(monkeypatch):
     """int8 in addition takes a checkpoint for which somebody found that it changes nothing."""
-    for avx512_bf16, avx2, recommended, chosen in ((True, True, True, "bf16"), (False, True, True, "int8"), (False, True, False, "float32"),
-                                           (False, False, True, "float32")):
+    for avx512_bf16, avx2, recommended, chosen in ((True, True, True, "bf16"), (False, True, True, "int8"),
+                                                   (False, True, False, "float32"), (False, False, True, "float32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
         monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
         model = tiny()
