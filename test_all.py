@@ -261,23 +261,35 @@ def test_int8_layer_by_hand():
     assert (exact(x) - linear(x)).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_int8_is_float32_within_its_error(causal):
-    """The layers meant to run in integers do, in every block; the same seed still gives the same stream and its start."""
+@pytest.mark.parametrize("causal,bf16", [(True, False), (False, False), (True, True)])
+def test_int8_is_float32_within_its_error(causal, bf16, monkeypatch):
+    """The layers meant to run in integers do, in every block, the others and the decoder in bf16 on CPUs that have it; the
+    same seed still gives the same stream and its start."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     model, low = tiny(causal=causal), tiny(causal=causal)
     assert sample.to_precision(low, "int8") == "int8"
+    half = torch.bfloat16 if bf16 else torch.float32
+    down = [m for name, m in low.dit.named_modules() if name.endswith("ff.down")]
+    types = set()
+    for layer in down:
+        layer.register_forward_hook(lambda _, x, y: types.add((x[0].dtype, y.dtype)))
     small = {name.split(".", 2)[2] for name, m in low.dit.named_modules() if isinstance(m, sample.Int8Linear)}
     assert small == {"self_attention.qkv", "self_attention.out", "cross_attention.q", "cross_attention.out", "ff.up"}
     kw = dict(steps=2, sampler="euler", cfg=3.0)
     a, b = (latents_of(m, condition(m), 6, **kw) for m in (model, low))
     assert 0 < (a - b).norm() / a.norm() < 0.05
     assert torch.equal(b[..., :a.shape[-1] // 2], latents_of(low, condition(low), 3, **kw))
+    assert types == {(half, half)} and low.dit.project_in.weight.dtype == torch.float32
+    audio, rough = (torch.cat(list(sample.decode_stream(m.autoencoder, a.split(6, dim=-1))), dim=-1) for m in (model, low))
+    assert low.autoencoder.decoder[0].weight.dtype == half and (audio - rough).norm() / audio.norm() < 0.03
 
 
 def test_precision_is_chosen_by_asking_the_hardware(monkeypatch):
     """int8 in addition takes a checkpoint for which somebody found that it changes nothing."""
-    for avx512_bf16, avx2, recommended, chosen in ((True, True, True, "bf16"), (False, True, True, "int8"),
-                                                   (False, True, False, "float32"), (False, False, True, "float32")):
+    for amx, avx512_bf16, avx2, recommended, chosen in (
+            (True, True, True, True, "bf16"), (False, True, True, True, "int8"), (False, True, True, False, "bf16"),
+            (False, False, True, True, "int8"), (False, False, True, False, "float32"), (False, False, False, True, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
         monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
         model = tiny()
@@ -400,6 +412,7 @@ def test_streamed_decode_equals_whole(sizes, packed, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_layer_is_the_layer(dtype):
     """For any number of rows, though some are added in bf16; the weights are the layer's own, in another order."""
+    assert not sample.packs(torch.empty(1024, 1024, 1))     # oneDNN's order for those made each call rearrange them
     if dtype == torch.bfloat16 and not torch.cpu._is_avx512_supported():
         pytest.skip("oneDNN has bf16 with AVX-512")
     for bias in True, False:
