@@ -156,7 +156,7 @@ class PackedLinear(nn.Module):
 @torch.no_grad()
 def to_precision(model, name):
     """What the model plays in. bf16: the DiT, and the decoder but for its last level. int8: most linear layers of the DiT's
-    blocks; on a CPU with bf16 that for the others of them, and for the decoder as before. Returns the precision taken.
+    blocks; where the CPU has bf16, in that the rest of those layers and the decoder as above. Returns the precision taken.
 
     auto takes int8 only for a checkpoint that recommends it. Weights also come to lie in memory as a CPU wants them: call it
     once, and neither train nor save the model after. The sampler's state, rotary angles, frequencies, the conditioner and the
@@ -621,7 +621,7 @@ def parse(argv=None):
     p.add_argument("--no-cache", action="store_true", help="recompute the whole context at every step: slow, the same music")
     # machine
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: int8 on CPUs where it is fastest and the checkpoint recommends it, else bf16 where that is fast")
+    p.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: int8 where CPU and checkpoint suit it, else bf16 where it is faster")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
     p.add_argument("--compile", action="store_true", help="compile part of the decoder: 20 s more before the first block, then faster")
     args = p.parse_args(argv)

@@ -269,10 +269,9 @@ def test_int8_is_float32_within_its_error(causal, bf16, monkeypatch):
     model, low = tiny(causal=causal), tiny(causal=causal)
     assert sample.to_precision(low, "int8") == "int8"
     half = torch.bfloat16 if bf16 else torch.float32
-    down = [m for name, m in low.dit.named_modules() if name.endswith("ff.down")]
     types = set()
-    for layer in down:
-        layer.register_forward_hook(lambda _, x, y: types.add((x[0].dtype, y.dtype)))
+    for layer in low.dit.layers:
+        layer.ff.down.register_forward_hook(lambda _, x, y: types.add((x[0].dtype, y.dtype)))
     small = {name.split(".", 2)[2] for name, m in low.dit.named_modules() if isinstance(m, sample.Int8Linear)}
     assert small == {"self_attention.qkv", "self_attention.out", "cross_attention.q", "cross_attention.out", "ff.up"}
     kw = dict(steps=2, sampler="euler", cfg=3.0)
