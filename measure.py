@@ -119,6 +119,12 @@ def make_streams(model, prompts, seconds, args):
     return out
 
 
+def through_autoencoder(model, audio):
+    """Audio (2, n) encoded and decoded again: the most that streams of such latents can sound like. Whole frames, on the CPU."""
+    device, latents = next(model.parameters()).device, data.encode_chunks(model.autoencoder, model.config, [audio])
+    return torch.cat([piece[0].cpu() for piece in decode_stream(model.autoencoder, (z[None].to(device) for z in latents))], dim=-1)
+
+
 def by_chance(recordings, reference, count, samples, rate, draws=20):
     """What real music gets where `count` streams are judged by a few seconds of each: distances of random excerpts of
     `samples` of as many recordings (as many as there are) to the reference's frames."""
@@ -143,25 +149,27 @@ def summary(curve, window):
 
 
 def sound(model, dataset, prompts, args):
-    """Print the figures of 30 s streams beside those of training and held-out recordings.
+    """Print the figures of 30 s streams beside those of training recordings, the same through the autoencoder, and held-out ones.
 
     The fewer the recordings, the further their Gaussian fit lies from any other, whatever they are: beside the streams'
     distance belongs that of as many training recordings (the mean of several draws), not only that of all of them."""
     rate, seconds = model.config.sample_rate, args.seconds or 30
     train, held_out = read_split(Path(args.data), dataset, model.config, seconds, args.excerpts)
     made = [audio for audio, _ in make_streams(model, prompts, seconds, args)]
-    frames = {name: [features(a, rate) for a in side] for name, side in (("training", train), ("held out", held_out), ("streams", made))}
+    sides = {"training": train, "decoded": [through_autoencoder(model, a) for a in train], "held out": held_out, "streams": made}
+    frames = {name: [features(a, rate) for a in side] for name, side in sides.items()}
     reference = torch.cat(frames["held out"])
     distance = lambda sounds: frechet(torch.cat(sounds), reference)
     print(f"{'':10} {'n':>3} {'onsets/s':>9} {'chroma change':>14} {'level dB':>9} {'distance to held out':>21}")
-    for name, side in (("training", train), ("held out", held_out), ("streams", made)):
+    for name, side in sides.items():
         mean = lambda f: np.mean([f(a, rate) for a in side])
         level = np.mean([20 * math.log10(a.square().mean().sqrt().item() + 1e-9) for a in side])
         apart = "" if name == "held out" else f"{distance(frames[name]):.1f}"
         print(f"{name:10} {len(side):3d} {mean(onsets_per_second):9.2f} {mean(chroma_change):14.3f} {level:9.1f} {apart:>21}")
     draws = max(1, len(train) // len(made))
-    alike = [distance(frames["training"][i::draws][:len(made)]) for i in range(draws)]
-    print(f"training recordings, {min(len(train), len(made))} at a time: distance {np.mean(alike):.1f} ({min(alike):.1f} to {max(alike):.1f})")
+    for name in "training", "decoded":
+        alike = [distance(frames[name][i::draws][:len(made)]) for i in range(draws)]
+        print(f"{name} recordings, {min(len(train), len(made))} at a time: distance {np.mean(alike):.1f} ({min(alike):.1f} to {max(alike):.1f})")
     if args.picture:
         picture(args.picture, {"held-out recording": held_out[0], f"stream, seed 0: {prompts[0]}": made[0]}, rate)
 
@@ -189,8 +197,10 @@ def drift(model, dataset, prompts, args):
     if len(made) > 1:
         errors = jackknife(frames, lambda streams: summary(curve_of(streams), window))
         print("standard errors, one stream left out at a time: mean {:.1f}, gap {:.1f}, slope {:.1f}".format(*errors))
-    alike = by_chance(train, reference, len(made), window * rate, rate)
-    print(f"{window} s of {min(len(train), len(made))} training recordings: distance {np.mean(alike):.1f}, standard deviation {np.std(alike):.1f} over {len(alike)} draws")
+    for name, recordings in ("as they are", train), ("through the autoencoder", [through_autoencoder(model, a) for a in train]):
+        alike = by_chance(recordings, reference, len(made), window * rate, rate)
+        print(f"{window} s of {min(len(train), len(made))} training recordings, {name}: distance {np.mean(alike):.1f}, "
+              f"standard deviation {np.std(alike):.1f} over {len(alike)} draws")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{args.out}.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0])

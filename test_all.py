@@ -1880,3 +1880,11 @@ def test_distance_by_chance():
     some = measure.by_chance(alike, reference, 2, 22050, 44100, draws=6)
     assert len(set(some)) > 3 and some == measure.by_chance(alike, reference, 2, 22050, 44100, draws=6)
     assert min(measure.by_chance(quiet, reference, 3, 10 ** 6, 44100, draws=2)) > 1000      # 20 dB in 64 bands
+
+
+def test_recordings_through_the_autoencoder():
+    model = tiny()
+    audio = torch.randn(2, 100 * model.config.hop)
+    with torch.no_grad():
+        expected = model.autoencoder.decode(model.autoencoder.encode(audio[None]))[0]
+    assert (measure.through_autoencoder(model, audio) - expected).abs().max() < 1e-5
