@@ -156,7 +156,8 @@ class PackedLinear(nn.Module):
 @torch.no_grad()
 def to_precision(model, name):
     """What the model plays in. bf16: the DiT, and the decoder but for its last level. int8: most linear layers of the DiT's
-    blocks; where the CPU has bf16, in that the rest of those layers and the decoder as above. Returns the precision taken.
+    blocks; where the CPU has bf16, in that the rest of those layers and the decoder as above. A narrow decoder, like nano's,
+    stays in float32, in which it is as fast. Returns the precision taken.
 
     auto takes int8 only for a checkpoint that recommends it. Weights also come to lie in memory as a CPU wants them: call it
     once, and neither train nor save the model after. The sampler's state, rotary angles, frequencies, the conditioner and the
@@ -170,7 +171,8 @@ def to_precision(model, name):
     if bf16:
         # not the decoder's last level, where 8 bits are heard: nano's distance to held-out audio was 3531 in place of 864
         of_dit = model.dit.modules() if name == "bf16" else [layer.ff.down for layer in model.dit.layers]
-        for layer in (*of_dit, *model.autoencoder.decoder[:-5].modules()):
+        of_decoder = model.autoencoder.decoder[:-5].modules() if model.config.ae_width >= 64 else ()
+        for layer in (*of_dit, *of_decoder):
             if isinstance(layer, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d, nn.LayerNorm)):
                 layer.to(torch.bfloat16)
     for layer in model.autoencoder.decoder:

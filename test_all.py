@@ -224,9 +224,11 @@ def test_each_item_may_have_its_own_seed():
 @pytest.mark.parametrize("causal", [True, False])
 def test_bf16_is_float32_within_its_error(causal):
     """bf16 keeps 8 bits: a prediction is off by a few times 2^-8; angles, frequencies and the sampler's state keep all."""
-    model, low = tiny(causal=causal), tiny(causal=causal)
+    model, low, narrow = tiny(causal=causal, ae_width=64), tiny(causal=causal, ae_width=64), tiny(ae_width=16)
+    assert sample.to_precision(narrow, "bf16") == "bf16" and narrow.autoencoder.decoder[0].weight.dtype == torch.float32
     assert sample.to_precision(model, "float32") == "float32" and model.dit.project_in.weight.dtype == torch.float32
     assert sample.to_precision(low, "bf16") == "bf16" and low.dit.project_in.weight.dtype == torch.bfloat16
+    assert [low.autoencoder.decoder[i].weight.dtype for i in (0, -1)] == [torch.bfloat16, torch.float32]
     assert {low.dit.inv_freq.dtype, low.dit.time_frequencies.dtype, low.conditioner.words.table.weight.dtype} == {torch.float32}
     kw = dict(steps=2, sampler="euler", cfg=3.0)
     a, b, uncached = latents_of(model, condition(model), 6, **kw), latents_of(low, condition(low), 6, **kw), \
@@ -266,7 +268,7 @@ def test_int8_is_float32_within_its_error(causal, bf16, monkeypatch):
     """The layers meant to run in integers do, in every block, the others and the decoder in bf16 on CPUs that have it; the
     same seed still gives the same stream and its start."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
-    model, low = tiny(causal=causal), tiny(causal=causal)
+    model, low = tiny(causal=causal, ae_width=64), tiny(causal=causal, ae_width=64)
     assert sample.to_precision(low, "int8") == "int8"
     half = torch.bfloat16 if bf16 else torch.float32
     types = set()
