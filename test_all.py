@@ -265,7 +265,7 @@ def test_int8_layer_by_hand():
 
 @pytest.mark.parametrize("causal,bf16", [(True, False), (False, False), (True, True)])
 def test_int8_is_float32_within_its_error(causal, bf16, monkeypatch):
-    """The layers meant to run in integers do, in every block, the others and the decoder in bf16 on CPUs that have it; the
+    """The layers meant to run in integers do, in every block, the others and a wide decoder in bf16 on CPUs that have it; the
     same seed still gives the same stream and its start."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     model, low = tiny(causal=causal, ae_width=64), tiny(causal=causal, ae_width=64)
