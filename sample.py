@@ -156,8 +156,8 @@ class PackedLinear(nn.Module):
 @torch.no_grad()
 def to_precision(model, name):
     """What the model plays in. bf16: the DiT, and the decoder but for its last level. int8: most linear layers of the DiT's
-    blocks; where the CPU has bf16, in that the rest of those layers and the decoder as above. A narrow decoder, like nano's,
-    stays in float32, in which it is as fast. Returns the precision taken.
+    blocks; where the CPU has bf16, in that the rest of those layers and the decoder as above. A narrow decoder (nano's has 16
+    channels at the audio's own rate, Stable Audio's 128) stays in float32, in which it is as fast. Returns the precision taken.
 
     auto takes int8 only for a checkpoint that recommends it. Weights also come to lie in memory as a CPU wants them: call it
     once, and neither train nor save the model after. The sampler's state, rotary angles, frequencies, the conditioner and the
