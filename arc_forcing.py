@@ -30,7 +30,7 @@ import data
 from finetune import (Log, average_gradients, condition, encode_texts, micro_rows, missing_context, parse, peak_memory, precision_of, prepare_once,
                       render_sample, start_processes)
 from model import Conditioner, Config, DiT, UserError, add_noise, alpha_sigma, guided, schedule, shift_time, velocity
-from sample import Context, denoise_block, load, mallopt, read_checkpoint, run, sampling_settings, save, whole, with_null
+from sample import Context, denoise_block, load, mallopt, read_checkpoint, run, sampling_settings, save, whole, with_null, writable
 
 PHASES = "warm D", "warm G", "D", "G"                       # in this order; the last two, the game, in turns
 CONTRAST = 1.0                                              # lambda: weight of D's loss on wrong prompts
@@ -317,6 +317,7 @@ def main():
         fill_in(args)
     elif "discriminator" not in saved:
         raise UserError(f"{args.out} holds no ARC-Forcing to resume")
+    writable(args.out)
     torch.set_flush_denormal(True)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -474,7 +475,7 @@ def main():
 
             # --- log, warning, checkpoint, sample
             sums = {name: value / args.batch for name, value in over_processes(sums, world).items()}
-            if game:
+            if phase in ("D", "G"):
                 sums["spread"] = sums.pop("fake_std") / max(1e-6, sums.pop("real_std"))     # 1e-6: silence
                 recent.append((sums["real"] - sums["fake"], sums["spread"]))
                 if len(recent) == PATIENCE and game % PATIENCE == 0 and (warning := verdict(recent)) and not rank:
@@ -485,11 +486,11 @@ def main():
                           **{name: f"{value:.9g}" for name, value in sums.items()})
             if step % args.every == 0 or not next_phase(done, args):
                 write()
-            if args.sample_every and game and game % args.sample_every == 0 and not rank:
+            if args.sample_every and phase in ("D", "G") and game % args.sample_every == 0 and not rank:
                 name = Path(args.out).parent / "samples" / f"{Path(args.out).stem}_{game}.wav"
                 render_sample(model, texts, prompt, name, 10, device, precision)
                 bar.write(f"-> {name}", file=sys.stderr)
-    except KeyboardInterrupt:                               # between backward and step nothing was changed: `done` is right
+    except KeyboardInterrupt:                               # `done` is right, unless it fell into the update itself
         write()
         say(f"\nstopped after step {sum(done.values())}; go on with --resume")
         raise

@@ -88,12 +88,14 @@ def read_metadata(folder):
             with open(file, encoding="utf-8-sig", newline="") as f:
                 rows = list(csv.DictReader(f)) if file.suffix == ".csv" else [json.loads(s) for s in f if s.strip()]
             for row in rows:
+                if None in row:
+                    raise ValueError("a row has more cells than the first; put texts that hold commas in quotes")
                 name = posixpath.join(file.parent.relative_to(folder).as_posix(), row["file_name"].replace("\\", "/"))
-                prompts[posixpath.normpath(name)] = str(row.get("text") or "")
+                prompts[posixpath.normpath(name)] = str(row["text"] or "")
         except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
             raise UserError(f"{file}: cannot be read ({error}); mend or remove it") from None
         except KeyError:
-            raise UserError(f"{file}: every row needs `file_name` and `text`; one has only {', '.join(row)}") from None
+            raise UserError(f"{file}: every row needs `file_name` and `text`; one has only {', '.join(map(str, row))}") from None
     return prompts
 
 
@@ -113,7 +115,7 @@ def prompt_of(file, folder, metadata):
     if text := metadata.get(file.relative_to(folder).as_posix(), "").strip():
         return text
     for caption in caption_files(file):
-        if caption.is_file() and (text := " ".join(caption.read_text("utf-8-sig", "replace").split())):
+        if os.path.isfile(caption) and (text := " ".join(caption.read_text("utf-8-sig", "replace").split())):
             return text
     with soundfile.SoundFile(file) as f:
         tags = f.copy_metadata()
@@ -322,7 +324,7 @@ def prepare(folder, model, latents_dir=None, device="cpu", quiet=False):
             path = latents_dir / f"{re.sub('[^a-zA-Z0-9]+', '_', name)[:80]}-{version}.npy"
             frames = encode_track(file, path, model, lambda s: progress.set_postfix_str(f"{name}, {s:.0f} s"))
             tracks.append(Track(name, prompt_of(file, folder, metadata), path, 0, frames))
-        except (UserError, soundfile.SoundFileError) as error:
+        except (UserError, soundfile.SoundFileError, UnicodeEncodeError) as error:      # of a name that is no UTF-8
             skipped.append((name, str(error).removeprefix(f"{file}: ")))
         except OSError as error:                            # a full disk is not the track's fault
             raise UserError(f"{error.filename or latents_dir}: {error.strerror or error}; mend it, run again") from None

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import data
 from model import LMDM, PRESETS, Cond, UserError, add_noise, shift_time, velocity, words_of
-from sample import WavWriter, choose_precision, decode_stream, device_of, keep_memory, load, pcm, prefetch, read_checkpoint, run, save, stream, whole
+from sample import (WavWriter, choose_precision, decode_stream, device_of, keep_memory, load, pcm, prefetch, read_checkpoint, run, save, stream,
+                    whole, writable)
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -113,13 +114,16 @@ def condition(model, texts, prompts, device, kept=None, frames=None):
 
 # ------------------------------------------------------------------------------------------------ machine
 def start_processes(device):
-    """(rank, world, device) of this process: torchrun's, or the only one."""
+    """(rank, world, device) of this process: torchrun's, or the only one. Raises UserError."""
+    device = device_of(device)
     if "RANK" not in os.environ:
-        return 0, 1, device_of(device)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))    # one may encode for hours
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+        return 0, 1, device
+    if device.type == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise UserError(f"more processes than GPUs: --nproc_per_node={torch.cuda.device_count()}, or --device cpu")
+        device = device_of(f"cuda:{os.environ['LOCAL_RANK']}")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))    # one may encode for hours
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def prepare_once(folder, model, device, rank, world):
@@ -276,8 +280,11 @@ def learning_rate(step, args):
 
 def main():
     args, saved = parse(parser())
+    if saved is not None and "optimizer" not in saved:
+        raise UserError(f"{args.out} holds no finetuning to resume")
     if args.data is None:
         raise UserError("--data is missing: name a folder of audio files")
+    writable(args.out)
     torch.set_flush_denormal(True)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -287,6 +294,9 @@ def main():
     rows = micro_rows(args.batch, args.accumulate, world, rank)
     torch.manual_seed(args.seed)                            # for weights that start at random
     model = start_model(args) if saved is None else load(args.out)
+    for name in "causal", "block", "context_blocks":
+        if getattr(args, name) not in (None, getattr(model.config, name)):
+            raise UserError(f"{args.out} was begun with {name} {getattr(model.config, name)}; --resume cannot change that")
     c, precision, say = model.config, precision_of(args.precision, device), lambda text: rank or print(text, file=sys.stderr)
     args.blocks = args.blocks if c.causal else 1
 
@@ -336,8 +346,10 @@ def main():
                     losses = block_losses(model, memory, latents.to(device), noise.to(device), t.to(device), args.remat)
                 loss = (losses * weights.to(device)).sum() * world / args.batch     # the mean over processes is the batch's
                 loss.backward()
-                total += loss.detach()
+                total += loss.detach() / world
             average_gradients(trained, world)
+            if world > 1:
+                dist.all_reduce(total)
             norm = nn.utils.clip_grad_norm_(trained, args.clip)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
@@ -351,8 +363,8 @@ def main():
             # --- validation, checkpoint, sample
             if step % args.every == 0 or step == args.steps:
                 held_out = validation_loss(model, dataset.validation, texts, args, device, precision)
-                bar.write(f"step {step}: loss {total.item():.4f}, validation {held_out:.4f}, {(time.time() - clock):.0f} s", file=sys.stderr)
                 if not rank:
+                    bar.write(f"step {step}: loss {total.item():.4f}, validation {held_out:.4f}, {(time.time() - clock):.0f} s", file=sys.stderr)
                     log.write(step=step, loss=f"{total.item():.9g}", validation=f"{held_out:.9g}", lr=f"{learning_rate(step - 1, args):.3g}",
                               seconds=f"{time.time() - clock:.1f}")
                 write()
@@ -360,7 +372,7 @@ def main():
                 path = Path(args.out).parent / "samples" / f"{Path(args.out).stem}_{step}.wav"
                 render_sample(model, texts, model.sampling["prompt"], path, args.sample_seconds, device, precision)
                 bar.write(f"-> {path}", file=sys.stderr)
-    except KeyboardInterrupt:                               # between backward and step nothing was changed: `step` is right
+    except KeyboardInterrupt:                               # `step` is right, unless it fell into the update itself
         write()
         say(f"\nstopped after step {step}; go on with --resume")
         raise

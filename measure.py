@@ -21,7 +21,7 @@ from tqdm import tqdm
 import data
 from model import UserError
 from sample import (PRECISIONS, SAMPLERS, decode_stream, default_checkpoint, device_of, keep_memory, load, pcm, run, sampling_settings,
-                    stream, to_precision, whole)
+                    stream, to_precision, whole, writable)
 
 HOP = 512                                                   # samples between frames of the figures below
 
@@ -171,7 +171,7 @@ def sound(model, dataset, prompts, args):
         alike = [distance(frames[name][i::draws][:len(made)]) for i in range(draws)]
         print(f"{name} recordings, {min(len(train), len(made))} at a time: distance {np.mean(alike):.1f} ({min(alike):.1f} to {max(alike):.1f})")
     if args.picture:
-        picture(args.picture, {"held-out recording": held_out[0], f"stream, seed 0: {prompts[0]}": made[0]}, rate)
+        picture(args.picture, {f"held-out recording: {prompts[0]}": held_out[0], "stream, seed 0, the same prompt": made[0]}, rate)
 
 
 def drift(model, dataset, prompts, args):
@@ -194,13 +194,16 @@ def drift(model, dataset, prompts, args):
         print(f"{row['second']:4d} s  distance {row['distance']:8.1f}  latents {row['latent_std']:.3f}  clipped {100 * row['clipped']:.4f} %")
     mean, gap, slope = summary(curve, window)
     print(f"mean {mean:.1f}, last 15 % - first 15 %: {gap:+.1f}, slope over 2 minutes: {slope:+.1f}, {len(made)} streams")
+    errors = np.zeros(len(curve))
     if len(made) > 1:
-        errors = jackknife(frames, lambda streams: summary(curve_of(streams), window))
-        print("standard errors, one stream left out at a time: mean {:.1f}, gap {:.1f}, slope {:.1f}".format(*errors))
+        *errors, of_mean, of_gap, of_slope = jackknife(frames, lambda streams: [*(own := curve_of(streams)), *summary(own, window)])
+        print(f"standard errors, one stream left out at a time: mean {of_mean:.1f}, gap {of_gap:.1f}, slope {of_slope:.1f}")
+    beside = {}
     for name, recordings in ("as they are", train), ("through the autoencoder", [through_autoencoder(model, a) for a in train]):
         alike = by_chance(recordings, reference, len(made), window * rate, rate)
         print(f"{window} s of {min(len(train), len(made))} training recordings, {name}: distance {np.mean(alike):.1f}, "
               f"standard deviation {np.std(alike):.1f} over {len(alike)} draws")
+        beside[f"training recordings {name}"] = np.mean(alike)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{args.out}.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0])
@@ -212,8 +215,13 @@ def drift(model, dataset, prompts, args):
         print(f"-> {args.out}.csv (pip install matplotlib for a picture)", file=sys.stderr)
         return
     pyplot.figure(figsize=(6, 3))
-    pyplot.plot([row["second"] + window / 2 for row in rows], curve)
-    pyplot.xlabel("seconds"), pyplot.ylabel("distance to held-out audio"), pyplot.ylim(bottom=0), pyplot.tight_layout()
+    middles = [row["second"] + window / 2 for row in rows]
+    pyplot.plot(middles, curve, label=f"{len(made)} streams, one standard error")
+    pyplot.fill_between(middles, curve - errors, curve + errors, alpha=0.2)
+    for style, (name, distance) in zip(("k:", "k--"), beside.items()):
+        pyplot.plot([0, rows[-1]["second"] + window], [distance] * 2, style, linewidth=1, label=name)
+    pyplot.xlabel("seconds"), pyplot.ylabel("distance to held-out audio"), pyplot.ylim(bottom=0)
+    pyplot.legend(fontsize="small", loc="lower right"), pyplot.tight_layout()
     pyplot.savefig(f"{args.out}.png", dpi=100)
     print(f"-> {args.out}.csv, {args.out}.png", file=sys.stderr)
 
@@ -237,6 +245,9 @@ def main():
     p.add_argument("--precision", choices=PRECISIONS, default="float32")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
     args = p.parse_args()
+    for path in args.picture, args.drift and f"{args.out}.csv", args.keep and Path(args.keep, "seed0.flac"):
+        if path:
+            writable(path)
     torch.set_flush_denormal(True)
     keep_memory()
     if args.threads:

@@ -15,6 +15,7 @@ autoencoder --threads 1`, an afternoon.
 `data` needs fluidsynth with its General MIDI soundfont (Debian: fluidsynth fluid-soundfont-gm) and `pip install music21`.
 """
 import argparse
+import contextlib
 import csv
 import math
 import os
@@ -41,7 +42,7 @@ from torchaudio.functional import melscale_fbanks
 from data import audio_files, read_audio, split
 from finetune import average_gradients, micro_rows, start_processes
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta, UserError
-from sample import SAMPLERS, keep_memory, load, prefetch, read_checkpoint, run, save
+from sample import SAMPLERS, keep_memory, load, prefetch, read_checkpoint, run, save, writable
 
 INSTRUMENTS = {"marimba": 12}                               # General MIDI programs
 # latent frames per beat. Every note begins with a frame: then the same note is the same latents whenever it is played,
@@ -211,11 +212,19 @@ def snr(made, real):
     return 10 * torch.log10(real.square().sum() / (made - real).square().sum()).item()
 
 
-def read_tracks(folder, validation, most=350):
-    """Tracks of one side of the split, at most so many, evenly spread, as int16 arrays (n, 2)."""
-    names = split([f.relative_to(folder).as_posix() for f in audio_files(folder)])[validation]
-    names = names[::math.ceil(len(names) / most)]           # of four performances one: the sounds are the same
-    return [soundfile.read(Path(folder, name), dtype="int16", always_2d=True)[0] for name in names]
+def read_tracks(folder, validation, longer, most=350):
+    """Tracks of one side of the split, at most so many, evenly spread, as int16 arrays (n, 2).
+
+    What cannot be read or is no longer than `longer` samples is left out; UserError where nothing remains."""
+    names, tracks = split([f.relative_to(folder).as_posix() for f in audio_files(folder)])[validation], []
+    for name in names[::max(1, math.ceil(len(names) / most))]:      # of four performances one: the sounds are the same
+        with contextlib.suppress(UserError):
+            audio = torch.cat(list(read_audio(Path(folder, name), PRESETS["nano"])), dim=1)
+            tracks.append((audio.T * 32768).round().clamp(-32768, 32767).short().numpy())
+    tracks = [track for track in tracks if len(track) > longer]
+    if not tracks:
+        raise UserError(f"{folder}: no readable audio of more than {longer} samples {'held out' if validation else 'to train on'}")
+    return tracks
 
 
 def to_audio(samples):                                      # int16 (n, 2) -> (2, n)
@@ -268,7 +277,7 @@ def start_as_transform(autoencoder, audio):
         conv.weight[:, :, 3] = torch.eye(*conv.weight.shape[:2])
     x = first(audio)
     for conv, back in zip(down, up):
-        basis = mdct(conv.stride[0])
+        basis = mdct(conv.stride[0]).to(x)
         bands = F.conv1d(x.flatten(0, 1)[:, None], basis[:, None], stride=conv.stride, padding=conv.padding)
         directions, _ = principal_components(bands.unflatten(0, x.shape[:2]).flatten(1, 2), conv.out_channels)
         conv.weight.copy_(torch.einsum("ocb,bk->ock", directions.unflatten(1, (x.shape[1], -1)), basis))
@@ -323,14 +332,14 @@ def train_autoencoder(args):
     rank, world, device = start_processes(args.device)
     rows, = micro_rows(args.batch, 1, world, rank)
     torch.manual_seed(args.seed)
-    out, state = Path(args.out), Path(f"{args.out}.train")
+    out, state = writable(args.out), Path(f"{args.out}.train")
     out.parent.mkdir(parents=True, exist_ok=True)
     model = load(args.init) if args.init else LMDM(PRESETS["nano"])
     model.stage, model.sampling, config = "autoencoder", {}, model.config
     autoencoder, decoder = model.autoencoder.to(device), model.autoencoder.decoder
     say = lambda text: rank or print(text, file=sys.stderr, flush=True)
     made = " ".join(["nano.py", *sys.argv[1:]])
-    train, held_out = (read_tracks(args.data, side) for side in (False, True))
+    train, held_out = (read_tracks(args.data, side, args.crop) for side in (False, True))
     critic, start = Critic().to(device), 0
     adam = lambda player: torch.optim.AdamW(player.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3, fused=True)
     optimizer, critic_optimizer = adam(decoder), adam(critic)

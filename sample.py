@@ -41,15 +41,30 @@ DEFAULTS = {                                                # by the stage recor
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-def save(model, path, step=0, made="", dtype=None, **extra):
-    """Write config, weights, stage, step and how it was made to one file, whole or not at all. extra: plain values."""
+def writable(path):
+    """Path of a file that is to be written later. UserError where it cannot be, before any work is done for it."""
     path = Path(path)
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"cannot write {path}: {there} is no folder that can be written in")
+    return path
+
+
+def save(model, path, step=0, made="", dtype=None, **extra):
+    """Write config, weights, stage, step and how it was made to one file, whole or not at all. extra: plain values. Raises UserError."""
+    path = writable(path)
     # only matrices are rounded: vectors (norms, frequencies, biases) are small and sensitive
     weights = {k: v.to("cpu", dtype if dtype and v.ndim > 1 else v.dtype) for k, v in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"config": model.config.to_dict(), "weights": weights, "stage": model.stage, "sampling": model.sampling,
-                "step": step, "made": made, **extra}, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"config": model.config.to_dict(), "weights": weights, "stage": model.stage, "sampling": model.sampling,
+                    "step": step, "made": made, **extra}, f"{path}.part")
+        os.replace(f"{path}.part", path)
+    except (OSError, RuntimeError) as error:                # a full disk
+        Path(f"{path}.part").unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({str(error).splitlines()[0][:100]})") from None
 
 
 def read_checkpoint(path):
@@ -276,7 +291,7 @@ def denoise_block(predict, x, levels, sampler, objective, draw, grad=False):
             x = add_noise(x0, eps if sampler == "euler" else draw(), levels[i + 1], objective)
             continue
         (alpha, sigma), (alpha2, sigma2) = (alpha_sigma(level, objective) for level in levels[i:i + 2])
-        h = (alpha2 / sigma2).log() - (alpha / sigma).log()
+        h = (alpha2 / sigma2).log() - (alpha / sigma).clamp(min=0).log()     # the cosine of pi / 2, rounded, is below 0
         ahead = x0 if before is None else x0 + h / (2 * before[1]) * (x0 - before[0])
         x, before = sigma2 / sigma * x - alpha2 * torch.expm1(-h) * ahead, (x0, h)
 
@@ -284,10 +299,11 @@ def denoise_block(predict, x, levels, sampler, objective, draw, grad=False):
 def sampling_settings(model, steps=None, sampler=None, cfg=None):
     """What the caller names, else what the checkpoint recommends, else the stage's defaults."""
     settings = {**DEFAULTS.get(model.stage, DEFAULTS["finetune"]), **model.sampling}
-    if model.stage == "base" and model.config.objective == "v":
-        settings = dict(sampler="euler", steps=100, cfg=7.0)
     named = dict(steps=steps, sampler=sampler, cfg=cfg)
-    return {k: settings[k] if v is None else v for k, v in named.items()}
+    settings = {k: settings[k] if v is None else v for k, v in named.items()}
+    if settings["sampler"] not in SAMPLERS or settings["steps"] < 1:
+        raise UserError(f"{settings['steps']} steps of {settings['sampler']}: at least 1 of {', '.join(SAMPLERS)}")
+    return settings
 
 
 def with_null(cond, cfg):
@@ -299,7 +315,7 @@ def with_null(cond, cfg):
 def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed=0, prime=None, use_cache=True, change=None):
     """Yield latent blocks (B, C, block), for ever when `blocks` is None; the first n do not depend on `blocks`.
 
-    prime: latents (B, C, T) to go on from; frames before its first whole block are dropped. steps, sampler and cfg
+    prime: latents (B or 1, C, T) to go on from; frames before its first whole block are dropped. steps, sampler and cfg
     default to what suits the checkpoint's stage. seed: one, or one for each item, which then is the stream of that seed.
     change: called before each block; gives a new `cond` of the same batch from there on, or None. Finished blocks stay.
     Block-causal, so do their cached keys and values, made under the old condition (the newest block's only come with the
@@ -311,7 +327,8 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
     shape = len(cond.tokens) // len(rngs), c.latent_channels, c.block
     draw = lambda: torch.cat([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
     prime = torch.zeros(len(cond.tokens), c.latent_channels, 0) if prime is None else prime[..., prime.shape[-1] % c.block:]
-    context = Context(model, model.dit.memory(with_null(cond, cfg)), prime.to(device), use_cache)
+    prime = prime.to(device).expand(len(cond.tokens), -1, -1)
+    context = Context(model, model.dit.memory(with_null(cond, cfg)), prime, use_cache)
     predict = context.predict if cfg == 1 else lambda x, t: guided(context.predict(x, t), cfg)
     for _ in itertools.count() if blocks is None else range(blocks):
         if change is not None and (new := change()) is not None:
@@ -538,18 +555,18 @@ class WavWriter:
 
 def open_output(path, rate, channels, samples):
     """A writer of int16 (n, channels) with write and close: stdout (None), .wav or .flac. Raises UserError."""
-    if path is None:
-        if sys.stdout.isatty():
-            raise UserError("standard output is a terminal: send the audio to a file (> out.wav), a player, or --out FILE")
-        return WavWriter(sys.stdout.buffer, rate, channels, samples)
-    if Path(path).suffix.lower() not in (".wav", ".flac"):
+    if path is None and (sys.stdout is None or sys.stdout.isatty()):
+        raise UserError(f"standard output is {'a terminal' if sys.stdout else 'closed'}: send the audio to a file (> out.wav), a player, or --out FILE")
+    if path is not None and Path(path).suffix.lower() not in (".wav", ".flac"):
         raise UserError(f"--out {path}: the name must end in .wav or .flac")
     try:
+        if path is None:
+            return WavWriter(sys.stdout.buffer, rate, channels, samples)
         if Path(path).suffix.lower() == ".wav":
             return WavWriter(open(path, "wb"), rate, channels, samples)
         return soundfile.SoundFile(path, "w", rate, channels, "PCM_16")
     except (OSError, soundfile.LibsndfileError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"cannot write {path or 'to standard output'}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def pcm(audio):
@@ -569,16 +586,22 @@ def keep_memory():
     mallopt({-4: 0, -1: 2 ** 31 - 1, -2: 2 ** 26})          # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
+def discard_output():
+    """What is still to be written to standard output goes nowhere, so that Python does not complain at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(main):
     """Run a script's main(): a UserError is one line and status 2, a closed pipe is no error, Ctrl-C is 130."""
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:                                 # the player quit; keep Python from complaining at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:                                 # the player quit
+        discard_output()
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -635,7 +658,12 @@ def device_of(name):
     """torch.device of "cpu", "cuda", "cuda:1". Raises UserError where there is none on this machine."""
     try:
         torch.empty(0, device=name)
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("rotary angles need float64: cpu or cuda")
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)                   # what waits for "the" GPU, or asks for its memory, means this one
+        return device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]})") from None
 
@@ -652,6 +680,9 @@ def make_cond(model, prompt, prompt_file, numbers):
     prompts, embeddings = load_prompts(prompt_file)
     if prompt is not None and prompt not in prompts:
         raise UserError(f"{prompt_file} holds no embedding of {prompt!r}; it holds: {'; '.join(prompts[:5])}")
+    if embeddings.shape[-1] != model.config.cond_width:
+        raise UserError(f"{prompt_file} holds embeddings {embeddings.shape[-1]} wide, this checkpoint takes {model.config.cond_width}: "
+                        "they are another model's (--ckpt)")
     row, device = 0 if prompt is None else prompts.index(prompt), next(model.parameters()).device
     return model.conditioner(embeddings[row:row + 1].float().to(device), **numbers), prompts[row]
 
@@ -685,8 +716,9 @@ def audio_of(model, args, samples, together):
 
     together: make blocks while others are decoded."""
     c, prime = model.config, None
-    if args.compile and model.stage == "base":
-        raise UserError("--compile is for models that stream")
+    for option in "compile", "prime", "no_cache":
+        if getattr(args, option) and model.stage == "base":
+            raise UserError(f"--{option.replace('_', '-')} is for models that stream; this one makes a clip")
     settings = sampling_settings(model, args.steps, args.sampler, args.cfg)
     plan = f"{settings['steps']} {settings['sampler']} steps, guidance {settings['cfg']:g}"
     options = dict(**settings, seed=args.seed)
@@ -751,7 +783,7 @@ def main():
     pieces, plan = audio_of(model, args, samples, together)
     say(plan + "; type a prompt and press Enter" * args.live)
     writer = open_output(args.out, c.sample_rate, c.audio_channels, samples)
-    first = begun = clipped = written = 0                   # begun: samples in the first piece, out after `first` seconds
+    first = begun = clipped = written = full = 0            # begun: samples in the first piece, out after `first` seconds
     bar = tqdm(total=samples and samples / c.sample_rate, unit="s", unit_scale=True, file=sys.stderr, disable=args.live or None,
                bar_format="{l_bar}{bar}| {n:.0f} s, {rate_fmt}")
     try:
@@ -767,10 +799,20 @@ def main():
             bar.update(audio.shape[-1] / c.sample_rate)
             if written == samples:
                 break
+    except BrokenPipeError:
+        raise
+    except (OSError, soundfile.LibsndfileError) as error:
+        full = error
     finally:                                                # Ctrl-C too: what was made is kept
         bar.close()
         pieces.close()
-        writer.close()
+        with contextlib.suppress(*[OSError] * bool(full)):
+            writer.close()
+    if full:
+        if not args.out:
+            discard_output()
+        reason = getattr(full, "strerror", None) or full
+        raise UserError(f"cannot go on writing {args.out or 'standard output'} after {written / c.sample_rate:.1f} s: {reason}")
     seconds, took = written / c.sample_rate, time.time() - started
     after = (written - begun) / c.sample_rate / max(1e-9, took - first)
     say(f"{seconds:.1f} s of music in {took:.1f} s, {seconds / took:.1f}x real time; first audio after {first:.1f} s, then {after:.1f}x; "

@@ -37,6 +37,8 @@ def first_few(names):
 # The public name of what the network predicts -> ours. The "denoiser" ones are the same networks after adversarial
 # post-training, meant for few-step ping-pong sampling.
 OBJECTIVES = {"v": "v", "v_denoiser": "v", "rectified_flow": "rectified_flow", "rf_denoiser": "rectified_flow"}
+# How they are played until finetuned; the "denoiser" ones as every base model.
+BASE_SAMPLING = {"v": dict(sampler="euler", steps=100, cfg=7.0), "rectified_flow": dict(sampler="euler", steps=50, cfg=7.0)}
 T5_WIDTHS = {f"{family}-{size}": width for family in ("t5", "google/flan-t5")
              for size, width in (("small", 512), ("base", 768), ("large", 1024))}
 ANY = None
@@ -75,8 +77,23 @@ def flatten(tree, path=""):
     return {p: v for k, branch in tree.items() for p, v in flatten(branch, f"{path}.{k}" if path else k).items()}
 
 
+def read_stream(training, frames):
+    """The "training" part of the config of a model that the paper's original code made -> the fields of Config that it tells.
+
+    frames: of the window."""
+    told = {name.split(".")[-1]: value for name, value in flatten(training).items()
+            if name.startswith(("inpainting.mask_kwargs.", "arc.self_forcing."))}
+    stream, context = {}, told.get("fixed_mask_size", 0)
+    if (pattern := told.get("context_router_attention_pattern")) in ("enc-dec", "block-causal"):
+        stream["causal"] = pattern == "block-causal"
+    block = told.get("block_causal_chunk_size") or told.get("chunk_size") or frames - context
+    if context and block > 0 and context % block == 0:
+        stream.update(block=block, context_blocks=context // block)
+    return stream
+
+
 def read_config(path):
-    """model_config.json -> Config, and the public objective. Raises UserError naming what is absent or not implemented."""
+    """model_config.json -> Config, the public objective, and what it says of a stream (`read_stream`). Raises UserError naming what is absent or not implemented."""
     try:
         public = json.loads(path.read_text())
         options = {**UNSAID, **flatten(public["model"])}
@@ -130,7 +147,7 @@ def read_config(path):
         width=need("diffusion.config.embed_dim"), depth=need("diffusion.config.depth"),
         heads=need("diffusion.config.num_heads"), project_cond=options.get("diffusion.config.project_cond_tokens", True),
         qk_norm=options.get("diffusion.config.attn_kwargs.qk_norm") == "ln", objective=OBJECTIVES[objective],
-        clip=need("sample_size", public) // math.prod(strides)), objective
+        clip=(frames := need("sample_size", public) // math.prod(strides))), objective, read_stream(public.get("training", {}), frames)
 
 
 # ------------------------------------------------------------------------------------------------ weight files
@@ -172,8 +189,8 @@ def read_ckpt(path):
     except Exception as error:                              # torch.load raises a dozen types for a damaged file
         wanted = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if wanted:
-            raise UserError(f"{path} is a pickle that wants to run code ({wanted[1]}), not only weights: refused. Save its "
-                            "state_dict alone, or unwrap it with the tools that made it") from None
+            raise UserError(f"{path} is a pickle that wants to run code ({wanted[1]}), not only weights: refused. Save "
+                            "{'state_dict': ...} alone, or unwrap it with the tools that made it") from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path} is truncated or not a checkpoint with a state_dict ({reason})") from None
     return {name: partial(weights.pop, name) for name in list(weights)}
@@ -242,6 +259,7 @@ TABLE = [                                                   # our name, the publ
     (r"conditioner\.numbers\.(\w+)\.frequencies", [CONDITIONERS + r"\1.embedder.embedding.0.weights"], same),
     (r"conditioner\.numbers\.(\w+)\.linear\.(.*)", [CONDITIONERS + r"\1.embedder.embedding.1.\2"], same),
     (r"autoencoder\.(.*)\.weight", [PRE + r"\1.weight_g", PRE + r"\1.weight_v"], fused),
+    (r"autoencoder\.(.*)\.weight", [PRE + r"\1.weight"], same),   # fused before it was saved
     (r"autoencoder\.(.*)\.(bias|alpha|beta)", [PRE + r"\1.\2"], same),
 ]
 
@@ -306,17 +324,18 @@ def load_stable_audio(path, **overrides):
     if not beside:
         raise UserError(f"no model_config.json beside {path}: it comes with the weights and holds the network's sizes")
     try:
-        config, objective = read_config(beside[0])
+        config, objective, told = read_config(beside[0])
         with torch.device("meta"):                          # shapes only: no memory, no time spent on random weights
-            model = LMDM(replace(config, **overrides), "base")
+            model = LMDM(replace(config, **{**told, **overrides}), "base")
     except (TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"{beside[0]} describes no network that can be built here ({error})") from None
     weights = unwrap((read_safetensors if path.suffix == ".safetensors" else read_ckpt)(path))
     if fill(model, weights, path):
         model.stage = "arc" if objective.endswith("denoiser") else "finetune"
-        if "causal" not in overrides:
+        if "causal" not in {**told, **overrides}:
             say(f"made for blocks, but not saying how: taken as {regime(model.config)}; name it with --causal or --no-causal")
     else:
+        model.sampling = BASE_SAMPLING.get(objective, {})
         model.dit.context_in.weight = nn.Parameter(torch.empty(model.dit.context_in.weight.shape))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)                            # the same file twice: the same model twice

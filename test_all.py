@@ -124,6 +124,8 @@ def test_dpmpp_follows_the_flow(objective):
     error = {name: abs(sample.denoise_block(predict, x, schedule(16)[:-1].double(), name, objective, None).item() - s)
              for name in ("euler", "dpmpp")}
     assert error["dpmpp"] < 0.7 * error["euler"], error
+    rounded = sample.denoise_block(predict, x.float(), schedule(16)[:-1], "dpmpp", objective, None)     # cos(pi / 2) < 0
+    assert abs(rounded.item() - s) == pytest.approx(error["dpmpp"], abs=1e-4)
 
 
 def test_schedule_and_shift():
@@ -479,6 +481,7 @@ def test_autoencoder_starts_as_a_codec():
     latents = ae.encode(audio)
     assert nano.snr(ae.decode(latents)[..., 500:-500], audio[..., 500:-500]) > 20
     assert 0.8 < latents.square().mean() < 1.2
+    nano.start_as_transform(tiny().autoencoder.to("meta"), audio.to("meta"))    # all of it on the audio's device
 
 
 def test_autoencoder_training(tmp_path, music, call):
@@ -663,6 +666,21 @@ def test_save_and_load(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path):
+    """As on a full disk: files may not grow beyond 10 kB here."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sample.save(tiny(), tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*a.pt"):
+            sample.save(tiny(seed=1), tmp_path / "a.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.pt"] and (tmp_path / "a.pt").read_bytes() == before
+
+
 def test_loading_fills_no_weights_first(tiny_file):
     """... which on the meta device would import a compiler, a second and more before the first audio."""
     line = f"import sys, sample; sample.load({str(tiny_file)!r}); print('sympy' in sys.modules)"
@@ -688,6 +706,9 @@ BAD = [
     (sample.main, ["--ckpt", "{tiny}", "--steps", "0"], "less than 1"),
     (sample.main, ["--ckpt", "{tiny}", "--sampler", "magic"], "invalid choice"),
     (sample.main, ["--ckpt", "{tiny}", "--sec", "3"], "unrecognized"),
+    (sample.main, ["--ckpt", "{tiny}", "--out", "{tmp}/a.wav", "--prompt-file", "{tmp}/prompts.pt"], "embeddings 7 wide"),
+    (sample.main, ["--ckpt", "{tmp}/base.pt", "--out", "{tmp}/a.wav", "--seconds", "1", "--prime", "x.wav"], "--prime is for models that stream"),
+    (sample.main, ["--ckpt", "{tiny}", "--device", "meta", "--out", "{tmp}/a.wav"], "cpu or cuda"),
     (sample.main, ["--ckpt", "{tiny}", "--out", "{tmp}/no/such/a.wav"], "cannot write"),
     (sample.main, ["--ckpt", "{tiny}", "--out", "{tmp}/a.xyz"], "must end in .wav or .flac"),
     (sample.main, ["--ckpt", "{tiny}", "--prime", "{tmp}/none.wav", "--out", "{tmp}/a.wav"], "no such file"),
@@ -698,6 +719,13 @@ BAD = [
     (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text"], "no readable audio"),
     (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--batch", "3", "--accumulate", "2"], "does not divide"),
     (finetune.main, ["--resume", "--out", "{tiny}"], "no training to resume"),
+    (finetune.main, ["--resume", "--out", "{tmp}/arc.pt"], "no finetuning to resume"),
+    (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--block", "7"], "was begun with block"),
+    (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text"], "is a folder"),
+    (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text/song.wav/ft.pt"], "no folder that can be written in"),
+    (arc_forcing.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text"], "is a folder"),
+    (measure.main, ["--ckpt", "{tiny}", "--data", "{tmp}/text", "--picture", "{tmp}/text"], "is a folder"),
+    (measure.main, ["--ckpt", "{tiny}", "--data", "{tmp}/text", "--drift", "--out", "{tmp}/text/song.wav/drift"], "no folder that can be written in"),
 ]
 
 
@@ -706,6 +734,12 @@ def test_bad_input(main, args, message, tiny_file, tmp_path, call):
     """One line that names the thing, status 2, no traceback, nothing half-written."""
     (tmp_path / "corrupt.pt").write_bytes(b"PK\x03\x04 not a zip")
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    torch.save({"prompts": ["a"], "embeddings": torch.zeros(1, 2, 7)}, tmp_path / "prompts.pt")
+    base = tiny()
+    base.stage = "base"
+    sample.save(base, tmp_path / "base.pt")
+    sample.save(tiny(), tmp_path / "arc.pt", args=dict(data="x"), optimizers={})
+    sample.save(tiny(), tmp_path / "begun.pt", args=dict(data="x"), optimizer={})
     saved = torch.load(tiny_file, weights_only=True)
     weights = saved["weights"]
     torch.save({**saved, "weights": {**weights, "dit.project_in.weight": torch.zeros(3, 3)}}, tmp_path / "shape.pt")
@@ -726,6 +760,25 @@ def test_terminal_is_refused(tiny_file):
     done = subprocess.run([sys.executable, HERE / "sample.py", "--ckpt", tiny_file, "--seconds", "1"], stdout=slave, stderr=subprocess.PIPE)
     os.close(slave), os.close(master)
     assert done.returncode == 2 and b"terminal" in done.stderr.splitlines()[-1]
+
+
+def test_output_that_ends(tiny_file, tmp_path):
+    """A full disk and a closed standard output: one line, status 2."""
+    play = f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'sample.py'))} --ckpt {shlex.quote(str(tiny_file))} --seconds 0.2"
+    for line, message in ((f"{play} > /dev/full", b"cannot write to standard output"), (f"ulimit -f 8; {play} --out {{}}/a.wav", b"cannot go on writing"),
+                          (f"{play} >&-", b"standard output is closed")):
+        done = subprocess.run(line.format(tmp_path), shell=True, stderr=subprocess.PIPE)
+        assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_one_recording_for_several_prompts():
+    for model, cache in ((tiny(causal=False), True), (tiny(), False), (tiny(), True)):
+        prime = torch.randn(1, model.config.latent_channels, 2 * model.config.block)
+        made = [latents_of(model, condition(model), 2, prime=p, use_cache=cache) for p in (prime, prime.repeat(2, 1, 1))]
+        assert torch.equal(*made)
+    for wrong in (dict(sampler="ddim"), dict(steps=0)):
+        with pytest.raises(UserError, match="at least 1 of euler"):
+            latents_of(model, condition(model), 1, **wrong)
 
 
 # ------------------------------------------------------------------------------------------------ finetuning
@@ -821,7 +874,7 @@ def test_accumulation_checkpointing_and_processes_change_nothing(tiny_file, musi
     assert a["validation"] != start["validation"]
     for other in others:                                    # the loss before the update, and the validation after it
         assert float(other["validation"]) == pytest.approx(float(a["validation"]), abs=1e-5)
-    assert float(others[0]["loss"]) == pytest.approx(float(a["loss"]), abs=1e-5)
+        assert float(other["loss"]) == pytest.approx(float(a["loss"]), abs=1e-5)
     plain, *moments = ([s["exp_avg"] for s in torch.load(tmp_path / f"{name}.pt", weights_only=True)["optimizer"]["state"].values()] for name in "abcd")
     assert max(m.abs().max() for m in plain) > 1e-3
     for other in moments:
@@ -1098,6 +1151,15 @@ def test_bad_files_are_named_and_skipped(encoder, tmp_path, capsys):
     assert dict(d.skipped) == bad and capsys.readouterr().err == ""
 
 
+def test_strange_file_names(encoder, tmp_path):
+    """A name that is no UTF-8 is skipped; one so long that none beside it could be longer has no caption."""
+    long = "x" * 251 + ".wav"
+    save_wav(tmp_path / long, 0.7)
+    shutil.copy(os.fsencode(tmp_path / long), os.fsencode(tmp_path) + b"/caf\xe9.wav")
+    d = data.prepare(tmp_path, encoder, tmp_path / "latents", quiet=True)
+    assert [t.name for t in d.tracks] == [long] and [os.fsencode(name) for name, _ in d.skipped] == [b"caf\xe9.wav"]
+
+
 def test_a_full_disk_is_not_the_tracks_fault(encoder, tmp_path, monkeypatch):
     save_wav(tmp_path / "a.wav")
     full = lambda file, array: (_ for _ in ()).throw(OSError(28, "No space left on device"))
@@ -1145,10 +1207,12 @@ def test_prompts_in_order_of_preference(tmp_path):
     (folder / "disc_one/metadata.jsonl").write_text('{"file_name": "03 - night_drive.flac", "text": "nearer file"}\n\n')
     assert prompt() == "nearer file"
     assert data.prompt_of(save_wav(folder / "07.wav"), folder, {}) == "07, My Jazz"
-    for bad in ("{", '{"text": "x"}', '["a"]'):
-        (folder / "metadata.jsonl").write_text(bad)
-        with pytest.raises(UserError, match="metadata.jsonl"):
+    for kind, bad in [("jsonl", "{"), ("jsonl", '{"text": "x"}'), ("jsonl", '["a"]'), ("csv", "file_name,caption\na.wav,soft\n"),
+                      ("csv", "file_name, text\na.wav,soft\n"), ("csv", "file_name,text\na.wav,soft, slow\n"), ("csv", "name,text\na.wav,soft, slow\n")]:
+        (folder / f"metadata.{kind}").write_text(bad)
+        with pytest.raises(UserError, match=f"metadata.{kind}"):
             data.read_metadata(folder)
+        (folder / f"metadata.{kind}").unlink()
 
 
 def test_clean_names():
@@ -1295,6 +1359,7 @@ def test_port_config():
     model = small(causal=False, block=10, context_blocks=23, text_model="elsewhere")
     assert (model.config.causal, model.config.window, model.config.text_model) == (False, 240, "elsewhere")
     assert model.stage == "base" and not model.training
+    assert sample.sampling_settings(model) == dict(sampler="euler", steps=50, cfg=7.0)      # not a few-step "rf_denoiser"
     assert {p.dtype for p in model.parameters()} == {torch.float32} and all(p.device.type == "cpu" for p in model.parameters())
 
 
@@ -1333,6 +1398,22 @@ def test_port_reads_the_original_codes_checkpoints(tmp_path):
     config = tmp_path / "split" / "model_config.json"       # the objective's public name tells what it was trained for
     config.write_text(config.read_text().replace('"rectified_flow"', '"rf_denoiser"'))
     assert load_stable_audio(tmp_path / "split").stage == "arc"
+    public = json.loads(config.read_text())                 # ... and its "training" part for which stream
+    masks = {"fixed_mask_size": 192, "context_router_attention_pattern": "enc-dec"}
+    for more, expected in (({}, (False, 64, 3)), ({"context_router_attention_pattern": "block-causal", "block_causal_chunk_size": 48}, (True, 48, 4))):
+        config.write_text(json.dumps({**public, "training": {"inpainting": {"mask_kwargs": {**masks, **more}}}}))
+        c = load_stable_audio(tmp_path / "split").config
+        assert (c.causal, c.block, c.context_blocks) == expected
+        assert load_stable_audio(tmp_path / "split", block=12).config.block == 12
+
+
+def test_port_reads_an_autoencoder_without_weight_norm(tmp_path):
+    weights, truth = public_small(), small().state_dict()
+    for key in [k for k in weights if k.endswith("weight_v")]:
+        v, g = weights.pop(key).float(), weights.pop(key.removesuffix("v") + "g").float()
+        weights[key.removesuffix("_v")] = g * v / v.flatten(1).norm(dim=1).view_as(g)
+    model = load_stable_audio(write_public(tmp_path / "plain", weights))
+    assert max((w - truth[k]).abs().max() for k, w in model.state_dict().items()) < 1e-5
 
 
 def spoil(weights, kind):
@@ -1769,6 +1850,9 @@ def test_arc_kill_and_resume_equals_unbroken(finetuned, call):
     moved = {k for k in start if not torch.equal(start[k], a["weights"][k])}
     assert moved and not any(k.startswith("autoencoder") or k == "dit.context_in.weight" for k in moved)
     assert sample.sampling_settings(sample.load(finetuned / "a" / "arc.pt")) == dict(sampler="pingpong", steps=3, cfg=1.0)
+    # from the game back to a longer warm-up of D
+    assert (done := call(arc_forcing.main, "--resume", "--out", "b/arc.pt", "--d-warmup", 3, cwd=finetuned))[0] == 0, done
+    assert rows_of(log)[9]["phase"] == "warm D" and len(rows_of(log)) == 10
 
 
 def test_arc_accumulation_and_processes_change_nothing(finetuned, tiny_file, call):
