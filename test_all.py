@@ -883,8 +883,9 @@ def test_accumulation_checkpointing_and_processes_change_nothing(tiny_file, musi
 
 # ------------------------------------------------------------------------------------------------ the README
 def readme_commands():
-    """Every line of the README's shell blocks that runs one of our scripts or copies a file; what it is piped into is not ours."""
-    blocks = re.findall(r"^```sh\n(.*?)^```", (HERE / "README.md").read_text(), re.S | re.M)
+    """Every line of the shell blocks of README and docs that runs one of our scripts or copies a file; what it is piped into is not ours."""
+    text = (HERE / "README.md").read_text() + (HERE / "docs" / "experiments.md").read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.S | re.M)
     lines = [re.sub(r"^OMP_NUM_THREADS=\d+ ", "", part.strip()) for block in blocks for line in block.replace("\\\n", " ").splitlines() for part in line.split("&&")]
     return [re.sub(r"\s*[|>].*", "", line) for line in lines if re.match(r"(python|torchrun \S+) \w+\.py|cp ", line)]
 
