@@ -901,7 +901,7 @@ def readme_commands():
 
 def test_readme_commands(tmp_path, music, call, monkeypatch):
     """In order, with tiny weights and small numbers. Public text encoders and the recipe's own tools may be absent."""
-    sample.save(tiny(), tmp_path / "nano.pt")
+    sample.save(tiny(block=48), tmp_path / "nano.pt")       # longer blocks, fewer of them
     for module in (sample, finetune):                       # the shipped nano.pt is what lies beside them
         monkeypatch.setattr(module, "__file__", str(tmp_path / "here.py"))
     monkeypatch.setattr(sys, "stdin", open(os.devnull))     # nobody types
