@@ -83,7 +83,7 @@ def read_stream(training, frames):
     frames: of the window."""
     told = {name.split(".")[-1]: value for name, value in flatten(training).items()
             if name.startswith(("inpainting.mask_kwargs.", "arc.self_forcing."))}
-    stream, context = {}, told.get("fixed_mask_size", 0)
+    stream, context = {}, told.get("fixed_mask_size") or 0
     if (pattern := told.get("context_router_attention_pattern")) in ("enc-dec", "block-causal"):
         stream["causal"] = pattern == "block-causal"
     block = told.get("block_causal_chunk_size") or told.get("chunk_size") or frames - context
@@ -93,7 +93,9 @@ def read_stream(training, frames):
 
 
 def read_config(path):
-    """model_config.json -> Config, the public objective, and what it says of a stream (`read_stream`). Raises UserError naming what is absent or not implemented."""
+    """model_config.json -> Config, the public objective, and what it says of a stream (`read_stream`).
+
+    Raises UserError naming what is absent or not implemented."""
     try:
         public = json.loads(path.read_text())
         options = {**UNSAID, **flatten(public["model"])}
