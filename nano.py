@@ -42,7 +42,7 @@ from torchaudio.functional import melscale_fbanks
 from data import audio_files, read_audio, split
 from finetune import average_gradients, micro_rows, start_processes
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta, UserError
-from sample import SAMPLERS, keep_memory, load, prefetch, read_checkpoint, run, save, writable
+from sample import SAMPLERS, keep_memory, load, prefetch, read_checkpoint, run, save, save_whole, writable
 
 INSTRUMENTS = {"marimba": 12}                               # General MIDI programs
 # latent frames per beat. Every note begins with a frame: then the same note is the same latents whenever it is played,
@@ -408,8 +408,7 @@ def train_autoencoder(args):
             if not rank:
                 saved = {"weights": autoencoder.state_dict(), "optimizer": optimizer.state_dict(), "critic": critic.state_dict(),
                          "critic_optimizer": critic_optimizer.state_dict(), "step": step + 1}
-                torch.save(saved, f"{state}.part")
-                os.replace(f"{state}.part", state)
+                save_whole(saved, state)
                 save(model, out, step + 1, made, torch.float16)
                 distance, ratio = validate_autoencoder(autoencoder, held_out)
                 say(f"step {step + 1} held out: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB -> {out}")

@@ -52,19 +52,24 @@ def writable(path):
     return path
 
 
-def save(model, path, step=0, made="", dtype=None, **extra):
-    """Write config, weights, stage, step and how it was made to one file, whole or not at all. extra: plain values. Raises UserError."""
+def save_whole(content, path):
+    """torch.save to a temporary name, then rename: a whole file or none. Raises UserError."""
     path = writable(path)
-    # only matrices are rounded: vectors (norms, frequencies, biases) are small and sensitive
-    weights = {k: v.to("cpu", dtype if dtype and v.ndim > 1 else v.dtype) for k, v in model.state_dict().items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"config": model.config.to_dict(), "weights": weights, "stage": model.stage, "sampling": model.sampling,
-                    "step": step, "made": made, **extra}, f"{path}.part")
+        torch.save(content, f"{path}.part")
         os.replace(f"{path}.part", path)
     except (OSError, RuntimeError) as error:                # a full disk
         Path(f"{path}.part").unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({str(error).splitlines()[0][:100]})") from None
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0][:100]}") from None
+
+
+def save(model, path, step=0, made="", dtype=None, **extra):
+    """Write config, weights, stage, step and how it was made to one file, whole or not at all. extra: plain values. Raises UserError."""
+    # only matrices are rounded: vectors (norms, frequencies, biases) are small and sensitive
+    weights = {k: v.to("cpu", dtype if dtype and v.ndim > 1 else v.dtype) for k, v in model.state_dict().items()}
+    save_whole({"config": model.config.to_dict(), "weights": weights, "stage": model.stage, "sampling": model.sampling,
+                "step": step, "made": made, **extra}, path)
 
 
 def read_checkpoint(path):
@@ -783,36 +788,30 @@ def main():
     pieces, plan = audio_of(model, args, samples, together)
     say(plan + "; type a prompt and press Enter" * args.live)
     writer = open_output(args.out, c.sample_rate, c.audio_channels, samples)
-    first = begun = clipped = written = full = 0            # begun: samples in the first piece, out after `first` seconds
+    first = begun = clipped = written = 0                   # begun: samples in the first piece, out after `first` seconds
     bar = tqdm(total=samples and samples / c.sample_rate, unit="s", unit_scale=True, file=sys.stderr, disable=args.live or None,
                bar_format="{l_bar}{bar}| {n:.0f} s, {rate_fmt}")
     try:
-        for audio in pieces:
-            audio = audio if samples is None else audio[..., :samples - written]
-            if not audio.shape[-1]:
-                continue
-            writer.write(pcm(audio))
-            if not written:
-                first, begun = time.time() - started, audio.shape[-1]
-            clipped += (audio.abs() > 1).sum().item()
-            written += audio.shape[-1]
-            bar.update(audio.shape[-1] / c.sample_rate)
-            if written == samples:
-                break
+        with contextlib.closing(writer), contextlib.closing(pieces), contextlib.closing(bar):     # Ctrl-C too: what was made is kept
+            for audio in pieces:
+                audio = audio if samples is None else audio[..., :samples - written]
+                if not audio.shape[-1]:
+                    continue
+                writer.write(pcm(audio))
+                if not written:
+                    first, begun = time.time() - started, audio.shape[-1]
+                clipped += (audio.abs() > 1).sum().item()
+                written += audio.shape[-1]
+                bar.update(audio.shape[-1] / c.sample_rate)
+                if written == samples:
+                    break
     except BrokenPipeError:
         raise
     except (OSError, soundfile.LibsndfileError) as error:
-        full = error
-    finally:                                                # Ctrl-C too: what was made is kept
-        bar.close()
-        pieces.close()
-        with contextlib.suppress(*[OSError] * bool(full)):
-            writer.close()
-    if full:
         if not args.out:
             discard_output()
-        reason = getattr(full, "strerror", None) or full
-        raise UserError(f"cannot go on writing {args.out or 'standard output'} after {written / c.sample_rate:.1f} s: {reason}")
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot go on writing {args.out or 'standard output'} after {written / c.sample_rate:.1f} s: {reason}") from None
     seconds, took = written / c.sample_rate, time.time() - started
     after = (written - begun) / c.sample_rate / max(1e-9, took - first)
     say(f"{seconds:.1f} s of music in {took:.1f} s, {seconds / took:.1f}x real time; first audio after {first:.1f} s, then {after:.1f}x; "

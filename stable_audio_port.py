@@ -383,10 +383,10 @@ def encode_t5(prompts, text_model, tokens, width=None, batch=16):
 
 def save_prompts(model, prompts, path):
     """Encode prompts once and write them, so that a machine without `transformers` can stream. Returns (n, L, cond_width)."""
+    from sample import save_whole
     with torch.no_grad():
         embeddings = model.conditioner.embed_text(prompts)
-    write(path, lambda: torch.save({"prompts": list(prompts), "embeddings": embeddings,
-                                    "text_model": str(model.config.text_model)}, f"{path}.part"))
+    save_whole({"prompts": list(prompts), "embeddings": embeddings, "text_model": str(model.config.text_model)}, path)
     return embeddings
 
 
@@ -401,19 +401,6 @@ def load_prompts(path):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path} is not a file of encoded prompts ({reason}); stable_audio_port.py --prompts makes one") from None
     return prompts, embeddings
-
-
-def write(path, save_part):
-    """Run save_part, which writes `path`.part, then rename: a whole file or none. Raises UserError if it cannot."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_part()
-        if Path(f"{path}.part").exists():
-            os.replace(f"{path}.part", path)
-    except (OSError, RuntimeError) as error:
-        if Path(f"{path}.part").is_file():
-            os.remove(f"{path}.part")
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -469,7 +456,7 @@ def main():
         dtype = getattr(torch, args.dtype)
         for p in model.parameters():                        # in place: a second copy would double the memory
             p.data = p.data.to(dtype) if p.ndim > 1 else p.data     # vectors (norms, biases, frequencies) stay exact
-        write(args.out, lambda: save(model, args.out, made=f"stable_audio_port.py from {Path(args.path).name}", dtype=None))
+        save(model, args.out, made=f"stable_audio_port.py from {Path(args.path).name}")
         say(f"{args.dtype}, {os.path.getsize(args.out) / 2 ** 20:.0f} MiB -> {args.out}")
 
 
