@@ -27,10 +27,11 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+from common import load, mallopt, read_checkpoint, run, save, whole, writable
 from finetune import (Log, average_gradients, condition, encode_texts, micro_rows, missing_context, parse, peak_memory, precision_of, prepare_once,
                       render_sample, start_processes)
 from model import Conditioner, Config, DiT, UserError, add_noise, alpha_sigma, guided, schedule, shift_time, velocity
-from sample import Context, denoise_block, load, mallopt, read_checkpoint, run, sampling_settings, save, whole, with_null, writable
+from sample import Context, denoise_block, sampling_settings, with_null
 
 PHASES = "warm D", "warm G", "D", "G"                       # in this order; the last two, the game, in turns
 CONTRAST = 1.0                                              # lambda: weight of D's loss on wrong prompts

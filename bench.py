@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import device_of, keep_memory, run, whole
 from model import LMDM, PRESETS, Conv1d, ConvTranspose1d, channels_last, schedule
-from sample import (PRECISIONS, Context, Int8Linear, PackedLinear, StreamingDecoder, decode_stream, denoise_block, device_of,
-                    has_bf16, keep_memory, prefetch, run, side_by_side, stream, to_precision, whole)
+from precision import PRECISIONS, Int8Linear, PackedLinear, has_bf16, to_precision
+from sample import Context, StreamingDecoder, decode_stream, denoise_block, prefetch, side_by_side, stream
 
 
 def medians(jobs, repeats, device):

@@ -28,6 +28,7 @@ import torch
 from torchaudio.transforms import Resample
 from tqdm import tqdm
 
+from common import device_of, keep_memory, load, run
 from model import UserError
 
 AUDIO = set(".wav .wave .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .w64 .rf64 .caf".split())
@@ -412,7 +413,6 @@ def main():
     parser.add_argument("--latents", help="folder for the latents (default: one of its own in out/latents)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    from sample import device_of, keep_memory, load
     torch.set_flush_denormal(True)
     keep_memory()
     dataset = prepare(args.data, load(args.ckpt), args.latents, device_of(args.device))
@@ -422,5 +422,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from sample import run
     run(main)

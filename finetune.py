@@ -24,9 +24,10 @@ from torch.quasirandom import SobolEngine
 from tqdm import tqdm
 
 import data
+from common import device_of, keep_memory, load, read_checkpoint, run, save, whole, writable
 from model import LMDM, PRESETS, Cond, UserError, add_noise, shift_time, velocity, words_of
-from sample import (WavWriter, choose_precision, decode_stream, device_of, keep_memory, load, pcm, prefetch, read_checkpoint, run, save, stream,
-                    whole, writable)
+from precision import choose_precision
+from sample import WavWriter, decode_stream, pcm, prefetch, stream
 
 
 # ------------------------------------------------------------------------------------------------ the loss

@@ -19,9 +19,10 @@ from torchaudio.transforms import MelSpectrogram
 from tqdm import tqdm
 
 import data
+from common import default_checkpoint, device_of, keep_memory, load, run, whole, writable
 from model import UserError
-from sample import (PRECISIONS, SAMPLERS, decode_stream, default_checkpoint, device_of, keep_memory, load, pcm, run, sampling_settings,
-                    stream, to_precision, whole, writable)
+from precision import PRECISIONS, to_precision
+from sample import SAMPLERS, decode_stream, pcm, sampling_settings, stream
 
 HOP = 512                                                   # samples between frames of the figures below
 

@@ -8,7 +8,6 @@ two. `decode_stream` turns blocks into audio without seams. See "How it works" i
 """
 import argparse
 import contextlib
-import ctypes
 import itertools
 import math
 import os
@@ -25,12 +24,12 @@ from threading import Thread
 import soundfile
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from model import (LMDM, Cond, Config, Conv1d, ConvTranspose1d, ResidualUnit, UserError, add_noise, alpha_sigma, denoise, guided,
-                   schedule, words_of)
+from common import default_checkpoint, device_of, discard_output, keep_memory, load, positive, run, whole
+from model import (Cond, Conv1d, ConvTranspose1d, ResidualUnit, UserError, add_noise, alpha_sigma, denoise, guided, schedule,
+                   words_of)
+from precision import PRECISIONS, packs, to_precision
 
 SAMPLERS = "euler", "dpmpp", "pingpong"
 DEFAULTS = {                                                # by the stage recorded in the checkpoint
@@ -38,177 +37,6 @@ DEFAULTS = {                                                # by the stage recor
     "finetune": dict(sampler="euler", steps=50, cfg=7.0),
     "arc": dict(sampler="pingpong", steps=8, cfg=1.0),
 }
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-def writable(path):
-    """Path of a file that is to be written later. UserError where it cannot be, before any work is done for it."""
-    path = Path(path)
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"cannot write {path}: {there} is no folder that can be written in")
-    return path
-
-
-def save_whole(content, path):
-    """torch.save to a temporary name, then rename: a whole file or none. Raises UserError."""
-    path = writable(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, f"{path}.part")
-        os.replace(f"{path}.part", path)
-    except (OSError, RuntimeError) as error:                # a full disk
-        Path(f"{path}.part").unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0][:100]}") from None
-
-
-def save(model, path, step=0, made="", dtype=None, **extra):
-    """Write config, weights, stage, step and how it was made to one file, whole or not at all. extra: plain values. Raises UserError."""
-    # only matrices are rounded: vectors (norms, frequencies, biases) are small and sensitive
-    weights = {k: v.to("cpu", dtype if dtype and v.ndim > 1 else v.dtype) for k, v in model.state_dict().items()}
-    save_whole({"config": model.config.to_dict(), "weights": weights, "stage": model.stage, "sampling": model.sampling,
-                "step": step, "made": made, **extra}, path)
-
-
-def read_checkpoint(path):
-    """The checkpoint as a dictionary. Raises UserError where it is missing, corrupt, or not one of ours."""
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}")
-    try:
-        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:
-        raise UserError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:100]})") from None
-    if not isinstance(saved, dict) or not {"config", "weights", "stage"} <= set(saved):
-        raise UserError(f"{path} is not a checkpoint of this project; public weights go through stable_audio_port.py first")
-    return saved
-
-
-class Unfilled(TorchFunctionMode):
-    """Modules made under it get no first weights: they are about to be loaded, and random numbers on "meta" import a compiler."""
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
-
-
-def load(path, **overrides):
-    """Read this project's checkpoint -> model in eval mode, float32, CPU. overrides: Config fields.
-
-    Raises UserError where keys or shapes do not match, naming the first few."""
-    saved = read_checkpoint(path)
-    try:
-        config = Config.from_dict({**saved["config"], **overrides})
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-    with torch.device("meta"), Unfilled():
-        model = LMDM(config, saved["stage"], saved.get("sampling"))
-    want, have = model.state_dict(), saved["weights"]
-    wrong = [f"{k} missing" for k in want if k not in have] + [f"{k} unknown" for k in have if k not in want]
-    wrong += [f"{k} is {tuple(have[k].shape)}, not {tuple(want[k].shape)}" for k in want
-              if k in have and have[k].shape != want[k].shape]
-    if wrong:
-        raise UserError(f"{path} does not fit its config: {'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
-    model.load_state_dict({k: v.float() for k, v in have.items()}, assign=True)
-    return model.eval()
-
-
-# ------------------------------------------------------------------------------------------------ precision
-PRECISIONS = "auto", "float32", "bf16", "int8"
-
-
-def has_bf16(device):
-    """Are bf16 matrix products faster than float32 here? On a CPU it takes AVX-512 BF16, which AMX implies."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
-
-
-def has_int8(device):
-    """Does this CPU multiply 8-bit integers fastest? With AVX2 alone twice as fast as float32, with AVX-512 BF16 1.7 times as
-    fast as bf16; with AMX not."""
-    return device.type == "cpu" and torch.cpu._is_avx2_supported() and not torch.cpu._is_amx_tile_supported()
-
-
-def choose_precision(name, device):
-    """"auto", "float32", "bf16" or "int8" -> one of the last three; what auto takes is never int8."""
-    return name if name != "auto" else "bf16" if has_bf16(device) else "float32"
-
-
-class Int8Linear(nn.Module):
-    """A linear layer on a CPU in 8-bit integers: weights with a scale for each output channel, inputs with one scale, found
-    anew for each input (dynamic quantization). Sums are exact, in 32 bits; input and output are float32."""
-    def __init__(self, linear):
-        super().__init__()
-        scale = linear.weight.abs().amax(dim=1).clamp(min=1e-8) / 127
-        weight = torch.quantize_per_channel(linear.weight, scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8)
-        self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
-        self.reduce_range = not torch.cpu._is_vnni_supported()      # older CPUs add pairs of products in 16 bits: 7 bits for inputs
-
-    def forward(self, x):                                   # (..., in_features) -> (..., out_features)
-        return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
-
-
-def packs(weight):
-    """Should oneDNN, PyTorch's library for CPUs, get this weight, of a linear layer or a convolution, in its own order?
-
-    With AVX-512 the products of a block of Stable Audio Open Small took 0.8 times as long in float32 and 0.93 in bf16;
-    nano's, which fit in cache, 1.3 times; with AVX2 alone nothing changed. The order that it gives a convolution of kernel
-    size 1 does not suit the inputs that come, and each call rearranged it: 31 ms in place of 2."""
-    return (weight.device.type == "cpu" and weight.numel() >= 2 ** 20 and weight.shape[2:] != (1,)
-            and torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_supported())
-
-
-class PackedLinear(nn.Module):
-    """A linear layer on a CPU, its weights in the order in which oneDNN reads them, so that no call has to rearrange them."""
-    def __init__(self, linear):
-        super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach()), linear.bias
-
-    def forward(self, x):                                   # (B, N, in_features) -> (B, N, out_features)
-        n = x.shape[-2]
-        if x.dtype == torch.bfloat16 and n % 4:             # up to 3 rows that nobody reads: oneDNN is slower with 49 than with 52
-            x = torch.cat([x, x[..., :-n % 4, :]], dim=-2)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")[..., :n, :]
-
-
-@torch.no_grad()
-def to_precision(model, name):
-    """What the model plays in. bf16: the DiT, and the decoder but for its last level. int8: most linear layers of the DiT's
-    blocks; where the CPU has bf16, in that the rest of those layers and the decoder as above. A narrow decoder (nano's has 16
-    channels at the audio's own rate, Stable Audio's 128) stays in float32, in which it is as fast. Returns the precision taken.
-
-    auto takes int8 only for a checkpoint that recommends it. Weights also come to lie in memory as a CPU wants them: call it
-    once, and neither train nor save the model after. The sampler's state, rotary angles, frequencies, the conditioner and the
-    encoder stay in float32. UserError for int8 off the CPU."""
-    device = next(model.parameters()).device
-    recommended = name == "auto" and model.sampling.get("int8") and has_int8(device)
-    name = "int8" if recommended else choose_precision(name, device)
-    if name == "int8" and device.type != "cpu":
-        raise UserError(f"--precision int8 is for CPUs; with --device {device.type} take bf16")
-    bf16 = name == "bf16" or name == "int8" and has_bf16(device)
-    if bf16:
-        # not the decoder's last level, where 8 bits are heard: nano's distance to held-out audio was 3531 in place of 864
-        of_dit = model.dit.modules() if name == "bf16" else [layer.ff.down for layer in model.dit.layers]
-        of_decoder = model.autoencoder.decoder[:-5].modules() if model.config.ae_width >= 64 else ()
-        for layer in (*of_dit, *of_decoder):
-            if isinstance(layer, (nn.Linear, nn.Conv1d, nn.ConvTranspose1d, nn.LayerNorm)):
-                layer.to(torch.bfloat16)
-    for layer in model.autoencoder.decoder:
-        if isinstance(layer, ConvTranspose1d):              # or decoding a whole at once copies them at every call
-            layer.weight.data = layer.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
-    for layer in model.dit.layers:
-        for part, names in (layer.self_attention, ("qkv", "out")), (layer.cross_attention, ("q", "out")), (layer.ff, ("up", "down")):
-            for child in names:
-                linear = getattr(part, child)
-                if name == "int8" and child != "down":      # its input has outliers, and v was off by 14 % instead of 2 %
-                    setattr(part, child, Int8Linear(linear))
-                elif packs(linear.weight):
-                    setattr(part, child, PackedLinear(linear))
-        if name == "int8" and bf16:
-            layer.ff.down.register_forward_pre_hook(lambda _, args: (args[0].bfloat16(),))
-    return name
 
 
 # ------------------------------------------------------------------------------------------------ one block after another
@@ -579,61 +407,7 @@ def pcm(audio):
     return (audio[0].T.float().clamp(-1, 1) * 32767).round().to(torch.int16).cpu().numpy()
 
 
-def mallopt(options):
-    """Set glibc's options for memory, {option: value}; another C library does as it likes."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        for option, value in options.items():
-            ctypes.CDLL(None).mallopt(option, value)
-
-
-def keep_memory():
-    """glibc returns large tensors to the kernel when freed, and gets them back page by page, zeroed: have it keep them."""
-    mallopt({-4: 0, -1: 2 ** 31 - 1, -2: 2 ** 26})          # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-
-
-def discard_output():
-    """What is still to be written to standard output goes nowhere, so that Python does not complain at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def run(main):
-    """Run a script's main(): a UserError is one line and status 2, a closed pipe is no error, Ctrl-C is 130."""
-    try:
-        main()
-        if sys.stdout:
-            sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:                                 # the player quit
-        discard_output()
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 # ------------------------------------------------------------------------------------------------ command line
-def default_checkpoint():
-    here = Path(__file__).parent
-    for path in (Path("out/arc.pt"), Path("out/finetune.pt"), here / "nano.pt"):
-        if path.exists():
-            return path
-    raise UserError("no checkpoint: out/arc.pt, out/finetune.pt and nano.pt are all missing; name one with --ckpt")
-
-
-def positive(text):
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
-
-
-def whole(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
-
-
 def parse(argv=None):
     p = argparse.ArgumentParser(description="Stream music, block by block, as a WAV on standard output.", allow_abbrev=False)
     p.add_argument("--ckpt", help="checkpoint (default: out/arc.pt, else out/finetune.pt, else nano.pt)")
@@ -657,20 +431,6 @@ def parse(argv=None):
     args = p.parse_args(argv)
     args.seconds = args.seconds or (math.inf if args.live else 30)
     return args
-
-
-def device_of(name):
-    """torch.device of "cpu", "cuda", "cuda:1". Raises UserError where there is none on this machine."""
-    try:
-        torch.empty(0, device=name)
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("rotary angles need float64: cpu or cuda")
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)                   # what waits for "the" GPU, or asks for its memory, means this one
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]})") from None
 
 
 def make_cond(model, prompt, prompt_file, numbers):

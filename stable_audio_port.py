@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common import run, save, save_whole, whole
 from model import LMDM, Config, UserError
 
 
@@ -383,7 +384,6 @@ def encode_t5(prompts, text_model, tokens, width=None, batch=16):
 
 def save_prompts(model, prompts, path):
     """Encode prompts once and write them, so that a machine without `transformers` can stream. Returns (n, L, cond_width)."""
-    from sample import save_whole
     with torch.no_grad():
         embeddings = model.conditioner.embed_text(prompts)
     save_whole({"prompts": list(prompts), "embeddings": embeddings, "text_model": str(model.config.text_model)}, path)
@@ -405,7 +405,6 @@ def load_prompts(path):
 
 # ------------------------------------------------------------------------------------------------ command line
 def parse(argv=None):
-    from sample import whole
     p = argparse.ArgumentParser(description="Convert public Stable Audio weights.", allow_abbrev=False)
     p.add_argument("path", help="folder with model_config.json and model.safetensors or model.ckpt, or one of those files")
     p.add_argument("--out", help="where to write the checkpoint, e.g. out/sao_small.pt (without it: only report)")
@@ -444,7 +443,6 @@ def report(model):
 
 def main():
     args = parse()
-    from sample import save
     names = "causal", "block", "context_blocks", "text_model"
     model = load_stable_audio(args.path, **{k: getattr(args, k) for k in names if getattr(args, k) is not None})
     for line in report(model):
@@ -461,5 +459,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from sample import run
     run(main)

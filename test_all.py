@@ -27,10 +27,12 @@ import torch
 import torchaudio
 
 import arc_forcing
+import common
 import data
 import finetune
 import measure
 import nano
+import precision
 import sample
 import stable_audio_port as port
 
@@ -67,7 +69,7 @@ def latents_of(model, cond, blocks, **kw):
 @pytest.fixture(scope="module")
 def tiny_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("ckpt") / "tiny.pt"
-    sample.save(tiny(), path)
+    common.save(tiny(), path)
     return path
 
 
@@ -93,7 +95,7 @@ def call(monkeypatch, capsys, tmp_path):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [main.__module__ + ".py", *map(str, args)])
         try:
-            sample.run(main)
+            common.run(main)
             status = 0
         except SystemExit as stop:
             status = stop.code or 0
@@ -227,9 +229,9 @@ def test_each_item_may_have_its_own_seed():
 def test_bf16_is_float32_within_its_error(causal):
     """bf16 keeps 8 bits: a prediction is off by a few times 2^-8; angles, frequencies and the sampler's state keep all."""
     model, low, narrow = tiny(causal=causal, ae_width=64), tiny(causal=causal, ae_width=64), tiny(ae_width=16)
-    assert sample.to_precision(narrow, "bf16") == "bf16" and narrow.autoencoder.decoder[0].weight.dtype == torch.float32
-    assert sample.to_precision(model, "float32") == "float32" and model.dit.project_in.weight.dtype == torch.float32
-    assert sample.to_precision(low, "bf16") == "bf16" and low.dit.project_in.weight.dtype == torch.bfloat16
+    assert precision.to_precision(narrow, "bf16") == "bf16" and narrow.autoencoder.decoder[0].weight.dtype == torch.float32
+    assert precision.to_precision(model, "float32") == "float32" and model.dit.project_in.weight.dtype == torch.float32
+    assert precision.to_precision(low, "bf16") == "bf16" and low.dit.project_in.weight.dtype == torch.bfloat16
     assert [low.autoencoder.decoder[i].weight.dtype for i in (0, -1)] == [torch.bfloat16, torch.float32]
     assert {low.dit.inv_freq.dtype, low.dit.time_frequencies.dtype, low.conditioner.words.table.weight.dtype} == {torch.float32}
     kw = dict(steps=2, sampler="euler", cfg=3.0)
@@ -248,17 +250,17 @@ def test_int8_layer_by_hand():
     inputs that are whole steps come out exact."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 48)
-    layer = sample.Int8Linear(linear)
+    layer = precision.Int8Linear(linear)
     x = torch.randn(2, 5, 64)
     want, got = linear(x), layer(x)
     assert got.shape == want.shape and 0 < (got - want).norm() / want.norm() < 0.03
     with torch.no_grad():                                   # a row a hundred times smaller has a scale of its own
         linear.weight[0] /= 100
-    want, got = linear(x)[..., 0] - linear.bias[0], sample.Int8Linear(linear)(x)[..., 0] - linear.bias[0]
+    want, got = linear(x)[..., 0] - linear.bias[0], precision.Int8Linear(linear)(x)[..., 0] - linear.bias[0]
     assert (got - want).norm() / want.norm() < 0.05         # with one scale for all rows: 0.2 to 0.7
     with torch.no_grad():
         linear.weight.copy_(torch.randint(-127, 128, linear.weight.shape)).T[0] = 127
-    exact = sample.Int8Linear(linear)
+    exact = precision.Int8Linear(linear)
     top = 64 if exact.reduce_range else 128
     x = torch.randint(-top, top, (3, 64)).float()
     x[0, :2] = torch.tensor([-top, top - 1.0])              # all of the range, so that a step is 1
@@ -271,12 +273,12 @@ def test_int8_is_float32_within_its_error(causal, bf16, monkeypatch):
     same seed still gives the same stream and its start."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     model, low = tiny(causal=causal, ae_width=64), tiny(causal=causal, ae_width=64)
-    assert sample.to_precision(low, "int8") == "int8"
+    assert precision.to_precision(low, "int8") == "int8"
     half = torch.bfloat16 if bf16 else torch.float32
     types = set()
     for layer in low.dit.layers:
         layer.ff.down.register_forward_hook(lambda _, x, y: types.add((x[0].dtype, y.dtype)))
-    small = {name.split(".", 2)[2] for name, m in low.dit.named_modules() if isinstance(m, sample.Int8Linear)}
+    small = {name.split(".", 2)[2] for name, m in low.dit.named_modules() if isinstance(m, precision.Int8Linear)}
     assert small == {"self_attention.qkv", "self_attention.out", "cross_attention.q", "cross_attention.out", "ff.up"}
     kw = dict(steps=2, sampler="euler", cfg=3.0)
     a, b = (latents_of(m, condition(m), 6, **kw) for m in (model, low))
@@ -297,8 +299,8 @@ def test_precision_is_chosen_by_asking_the_hardware(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
         model = tiny()
         model.sampling["int8"] = recommended
-        assert sample.to_precision(model, "auto") == chosen
-        assert sample.to_precision(tiny(), "float32") == sample.choose_precision("float32", torch.device("cpu")) == "float32"
+        assert precision.to_precision(model, "auto") == chosen
+        assert precision.to_precision(tiny(), "float32") == precision.choose_precision("float32", torch.device("cpu")) == "float32"
 
 
 def test_cache_does_not_grow():
@@ -402,7 +404,7 @@ def test_streamed_decode_equals_whole(sizes, packed, monkeypatch):
     latents = torch.randn(2, 8, 60)
     whole = model.autoencoder.decode(latents)
     monkeypatch.setattr(sample, "packs", lambda weight: packed and torch.backends.mkldnn.is_available())
-    sample.to_precision(model, "float32")                   # changes the order of some weights in memory, no number
+    precision.to_precision(model, "float32")                # changes the order of some weights in memory, no number
     streamed = torch.cat(list(sample.decode_stream(model.autoencoder, latents.split(sizes, dim=-1))), dim=-1)
     assert streamed.shape == whole.shape and (streamed - whole).abs().max() < 1e-5
     decoder = sample.StreamingDecoder(model.autoencoder)
@@ -415,12 +417,12 @@ def test_streamed_decode_equals_whole(sizes, packed, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_layer_is_the_layer(dtype):
     """For any number of rows, though some are added in bf16; the weights are the layer's own, in another order."""
-    assert not sample.packs(torch.empty(1024, 1024, 1))     # oneDNN's order for those made each call rearrange them
+    assert not precision.packs(torch.empty(1024, 1024, 1))  # oneDNN's order for those made each call rearrange them
     if dtype == torch.bfloat16 and not torch.cpu._is_avx512_supported():
         pytest.skip("oneDNN has bf16 with AVX-512")
     for bias in True, False:
         linear = torch.nn.Linear(64, 48, bias=bias).to(dtype)
-        packed = sample.PackedLinear(linear)
+        packed = precision.PackedLinear(linear)
         for rows in 1, 2, 4, 49:
             x = torch.randn(2, rows, 64).to(dtype)
             want, got = linear(x), packed(x)
@@ -485,7 +487,7 @@ def test_autoencoder_starts_as_a_codec():
 
 def test_autoencoder_training(tmp_path, music, call):
     """It resumes where it stopped, as if it never had; the encoder stays as it was; the critic is part of it where asked for."""
-    sample.save(tiny(), tmp_path / "start.pt")
+    common.save(tiny(), tmp_path / "start.pt")
     train = lambda out, steps, *more: call(nano.main, "autoencoder", "--data", music, "--init", "start.pt", "--out", out, "--steps", steps,
                                            "--batch", 2, "--crop", 8192, "--every", 1, "--device", "cpu", *more)[0]
     assert [train(out, 2, "--adversary", weight) for out, weight in (("a.pt", 0), ("b.pt", 1))] == [0, 0]
@@ -517,7 +519,7 @@ def test_pack_takes_a_newer_decoder(tmp_path, call):
     newer.autoencoder.decoder[0].weight += 1
     other.autoencoder.encoder[0].weight += 1
     for name in ("model", "newer", "other", "forced"):
-        sample.save(locals()[name], tmp_path / f"{name}.pt")
+        common.save(locals()[name], tmp_path / f"{name}.pt")
     pack = lambda name: call(nano.main, "pack", "--ckpt", tmp_path / "model.pt", "--autoencoder",
                              tmp_path / f"{name}.pt", "--out", tmp_path / "packed.pt", "--steps", 4, "--cfg", 1.5)
     status, err = pack("other")
@@ -528,7 +530,7 @@ def test_pack_takes_a_newer_decoder(tmp_path, call):
     assert torch.allclose(packed.autoencoder.decoder[0].weight, newer.autoencoder.decoder[0].weight, atol=1e-3)
     assert torch.allclose(packed.dit.project_in.weight, model.dit.project_in.weight, atol=1e-3)
     assert call(nano.main, "pack", "--ckpt", "model.pt", "--arc", "forced.pt", "--share", 0.25, "--out", "packed.pt")[0] == 0
-    sample.save(tiny(depth=2), tmp_path / "smaller.pt")
+    common.save(tiny(depth=2), tmp_path / "smaller.pt")
     status, err = call(nano.main, "pack", "--ckpt", "model.pt", "--arc", "smaller.pt", "--out", "no.pt")
     assert status == 2 and "other sizes" in err and not (tmp_path / "no.pt").exists()
     mixed = 0.75 * model.dit.project_in.weight + 0.25 * forced.dit.project_in.weight
@@ -657,7 +659,7 @@ def test_closed_pipe_and_interrupt(tiny_file, tmp_path):
 # ------------------------------------------------------------------------------------------------ checkpoints
 def test_save_and_load(tmp_path):
     model = tiny(causal=False)
-    sample.save(model, tmp_path / "a.pt", step=5)
+    common.save(model, tmp_path / "a.pt", step=5)
     again = sample.load(tmp_path / "a.pt")
     assert again.config == model.config and again.stage == "finetune" and again.sampling == model.sampling
     cond = condition(model)
@@ -669,12 +671,12 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path):
     """As on a full disk: files may not grow beyond 10 kB here."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    sample.save(tiny(), tmp_path / "a.pt")
+    common.save(tiny(), tmp_path / "a.pt")
     before = (tmp_path / "a.pt").read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (10000, limits[1]))
     try:
         with pytest.raises(UserError, match="cannot write .*a.pt"):
-            sample.save(tiny(seed=1), tmp_path / "a.pt")
+            common.save(tiny(seed=1), tmp_path / "a.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [f.name for f in tmp_path.iterdir()] == ["a.pt"] and (tmp_path / "a.pt").read_bytes() == before
@@ -736,9 +738,9 @@ def test_bad_input(main, args, message, tiny_file, tmp_path, call):
     torch.save({"prompts": ["a"], "embeddings": torch.zeros(1, 2, 7)}, tmp_path / "prompts.pt")
     base = tiny()
     base.stage = "base"
-    sample.save(base, tmp_path / "base.pt")
-    sample.save(tiny(), tmp_path / "arc.pt", args=dict(data="x"), optimizers={})
-    sample.save(tiny(), tmp_path / "begun.pt", args=dict(data="x"), optimizer={})
+    common.save(base, tmp_path / "base.pt")
+    common.save(tiny(), tmp_path / "arc.pt", args=dict(data="x"), optimizers={})
+    common.save(tiny(), tmp_path / "begun.pt", args=dict(data="x"), optimizer={})
     saved = torch.load(tiny_file, weights_only=True)
     weights = saved["weights"]
     torch.save({**saved, "weights": {**weights, "dit.project_in.weight": torch.zeros(3, 3)}}, tmp_path / "shape.pt")
@@ -793,7 +795,7 @@ def test_one_recording_for_several_prompts():
 def test_parallel_loss_equals_one_window_at_a_time():
     """The blocks of a crop learned at once == each alone, noisy at the end of its whole clean history."""
     model = tiny(causal=True)
-    c, m = model.config, 4
+    m = 4
     latents, noise, t = torch.randn(2, 8, 7 * 6), torch.randn(2, 8, m * 6), torch.rand(2, m)
     memory = model.dit.memory(condition(model))
     together = finetune.block_losses(model, memory, latents, noise, t)
@@ -900,8 +902,8 @@ def readme_commands():
 
 def test_readme_commands(tmp_path, music, call, monkeypatch):
     """In order, with tiny weights and small numbers. Public text encoders and the recipe's own tools may be absent."""
-    sample.save(tiny(block=48), tmp_path / "nano.pt")       # longer blocks, fewer of them
-    for module in (sample, finetune):                       # the shipped nano.pt is what lies beside them
+    common.save(tiny(block=48), tmp_path / "nano.pt")       # longer blocks, fewer of them
+    for module in (common, finetune):                       # the shipped nano.pt is what lies beside them
         monkeypatch.setattr(module, "__file__", str(tmp_path / "here.py"))
     monkeypatch.setattr(sys, "stdin", open(os.devnull))     # nobody types
     for name in ("path/to/music", "data/nano"):
@@ -1525,7 +1527,7 @@ def convert(capsys, monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["stable_audio_port.py", *map(str, args)])
     capsys.readouterr()
     try:
-        sample.run(port.main)
+        common.run(port.main)
         status = 0
     except SystemExit as stop:
         status = stop.code
@@ -1827,7 +1829,7 @@ ARC = ["--rollout", 2, "--most", 3, "--batch", 4, "--d-warmup", 2, "--g-warmup",
 def finetuned(tiny_file, music, tmp_path_factory):
     """A folder with out/finetune.pt, as finetune.py leaves it (it tells the data; the model is encoder-decoder)."""
     folder, model = tmp_path_factory.mktemp("finetuned"), tiny(causal=False)
-    sample.save(model, folder / "out" / "finetune.pt", args=dict(data=str(music), init=str(tiny_file)))
+    common.save(model, folder / "out" / "finetune.pt", args=dict(data=str(music), init=str(tiny_file)))
     return folder
 
 
@@ -1909,8 +1911,8 @@ ARC_BAD = [
 def test_arc_bad_input(args, message, tiny_file, tmp_path, call):
     base = tiny(seed=1)
     base.stage = "base"
-    sample.save(base, tmp_path / "base.pt")
-    sample.save(tiny(), tmp_path / "finetune.pt", args=dict(data="x", init="none"))
+    common.save(base, tmp_path / "base.pt")
+    common.save(tiny(), tmp_path / "finetune.pt", args=dict(data="x", init="none"))
     status, err = call(arc_forcing.main, *(a.format(tmp=tmp_path, tiny=tiny_file) for a in args))
     lines = [line for line in err.splitlines() if "error" in line]
     assert status == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in err, err
@@ -1921,9 +1923,9 @@ def test_the_base_is_the_public_model_that_finetuning_began_with(tiny_file, musi
     """--base: what --init was finetuned from, if that was a public model; else --init itself."""
     base = tiny(seed=1)
     base.stage = "base"
-    sample.save(base, tmp_path / "base.pt")
+    common.save(base, tmp_path / "base.pt")
     for init, expected in ((tmp_path / "base.pt", str(tmp_path / "base.pt")), (tiny_file, "none"), ("none", "none"), ("gone.pt", "none")):
-        sample.save(tiny(), tmp_path / "ft.pt", args=dict(data="music", init=str(init)))
+        common.save(tiny(), tmp_path / "ft.pt", args=dict(data="music", init=str(init)))
         args = arc_forcing.parser().parse_args(["--init", str(tmp_path / "ft.pt")])
         arc_forcing.fill_in(args)
         assert (args.data, args.base) == ("music", expected)

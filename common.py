@@ -1,0 +1,156 @@
+"""What the scripts share: checkpoints on disk, the device, a process's memory, numbers on the command line, how a script ends."""
+import argparse
+import contextlib
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from model import LMDM, Config, UserError
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+def writable(path):
+    """Path of a file that is to be written later. UserError where it cannot be, before any work is done for it."""
+    path = Path(path)
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"cannot write {path}: {there} is no folder that can be written in")
+    return path
+
+
+def save_whole(content, path):
+    """torch.save to a temporary name, then rename: a whole file or none. Raises UserError."""
+    path = writable(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, f"{path}.part")
+        os.replace(f"{path}.part", path)
+    except (OSError, RuntimeError) as error:                # a full disk
+        Path(f"{path}.part").unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0][:100]}") from None
+
+
+def save(model, path, step=0, made="", dtype=None, **extra):
+    """Write config, weights, stage, step and how it was made to one file, whole or not at all. extra: plain values. Raises UserError."""
+    # only matrices are rounded: vectors (norms, frequencies, biases) are small and sensitive
+    weights = {k: v.to("cpu", dtype if dtype and v.ndim > 1 else v.dtype) for k, v in model.state_dict().items()}
+    save_whole({"config": model.config.to_dict(), "weights": weights, "stage": model.stage, "sampling": model.sampling,
+                "step": step, "made": made, **extra}, path)
+
+
+def read_checkpoint(path):
+    """The checkpoint as a dictionary. Raises UserError where it is missing, corrupt, or not one of ours."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:
+        raise UserError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:100]})") from None
+    if not isinstance(saved, dict) or not {"config", "weights", "stage"} <= set(saved):
+        raise UserError(f"{path} is not a checkpoint of this project; public weights go through stable_audio_port.py first")
+    return saved
+
+
+class Unfilled(TorchFunctionMode):
+    """Modules made under it get no first weights: they are about to be loaded, and random numbers on "meta" import a compiler."""
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
+
+
+def load(path, **overrides):
+    """Read this project's checkpoint -> model in eval mode, float32, CPU. overrides: Config fields.
+
+    Raises UserError where keys or shapes do not match, naming the first few."""
+    saved = read_checkpoint(path)
+    try:
+        config = Config.from_dict({**saved["config"], **overrides})
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    with torch.device("meta"), Unfilled():
+        model = LMDM(config, saved["stage"], saved.get("sampling"))
+    want, have = model.state_dict(), saved["weights"]
+    wrong = [f"{k} missing" for k in want if k not in have] + [f"{k} unknown" for k in have if k not in want]
+    wrong += [f"{k} is {tuple(have[k].shape)}, not {tuple(want[k].shape)}" for k in want
+              if k in have and have[k].shape != want[k].shape]
+    if wrong:
+        raise UserError(f"{path} does not fit its config: {'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
+    model.load_state_dict({k: v.float() for k, v in have.items()}, assign=True)
+    return model.eval()
+
+
+def default_checkpoint():
+    here = Path(__file__).parent
+    for path in (Path("out/arc.pt"), Path("out/finetune.pt"), here / "nano.pt"):
+        if path.exists():
+            return path
+    raise UserError("no checkpoint: out/arc.pt, out/finetune.pt and nano.pt are all missing; name one with --ckpt")
+
+
+# ------------------------------------------------------------------------------------------------ the machine
+def device_of(name):
+    """torch.device of "cpu", "cuda", "cuda:1". Raises UserError where there is none on this machine."""
+    try:
+        torch.empty(0, device=name)
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("rotary angles need float64: cpu or cuda")
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)                   # what waits for "the" GPU, or asks for its memory, means this one
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]})") from None
+
+
+def mallopt(options):
+    """Set glibc's options for memory, {option: value}; another C library does as it likes."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        for option, value in options.items():
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+def keep_memory():
+    """glibc returns large tensors to the kernel when freed, and gets them back page by page, zeroed: have it keep them."""
+    mallopt({-4: 0, -1: 2 ** 31 - 1, -2: 2 ** 26})          # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+
+
+# ------------------------------------------------------------------------------------------------ scripts
+def positive(text):
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def whole(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def discard_output():
+    """What is still to be written to standard output goes nowhere, so that Python does not complain at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run(main):
+    """Run a script's main(): a UserError is one line and status 2, a closed pipe is no error, Ctrl-C is 130."""
+    try:
+        main()
+        if sys.stdout:
+            sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:                                 # the player quit
+        discard_output()
+    except KeyboardInterrupt:
+        sys.exit(130)
