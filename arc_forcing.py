@@ -11,7 +11,6 @@ Everything random in a step comes from (seed, phase, number of the step): a resu
 processes, draws the same. What `--on-policy` goes on from, G's own streams so far, is kept in the checkpoint.
 """
 import argparse
-import contextlib
 import math
 import sys
 import time
@@ -27,11 +26,12 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from common import load, mallopt, read_checkpoint, run, save, whole, writable
-from finetune import (Log, average_gradients, condition, encode_texts, micro_rows, missing_context, parse, peak_memory, precision_of, prepare_once,
+from common import UserError, load, read_checkpoint, return_memory, run, save, whole, writable
+from finetune import (Log, average_gradients, condition, encode_texts, micro_rows, missing_context, parse, peak_memory, prepare_once,
                       render_sample, start_processes)
-from model import Conditioner, Config, DiT, UserError, add_noise, alpha_sigma, guided, schedule, shift_time, velocity
-from sample import Context, denoise_block, sampling_settings, with_null
+from model import Conditioner, Config, DiT, add_noise, alpha_sigma, denoise, noise_level, schedule, shift_time, velocity
+from precision import choose_precision, precision_of
+from sample import Context, denoise_block, sampling_settings, with_guidance, with_null
 
 PHASES = "warm D", "warm G", "D", "G"                       # in this order; the last two, the game, in turns
 CONTRAST = 1.0                                              # lambda: weight of D's loss on wrong prompts
@@ -154,23 +154,21 @@ def replay(model, memory, prime, latents, last, gradient, precision):
     with precision():
         context = Context(model, memory, prime)
     for (x, t), x0, slope in zip(last, latents.split(block, dim=-1), gradient.split(block, dim=-1)):
-        backward_through(model, context, x, t, lambda _: slope, precision)
+        evaluate(model, context, x, t, precision).backward(slope, retain_graph=True)        # of the prompt's part, for the others
         context.append(x0)
 
 
-def backward_through(model, context, x, t, slope, precision):
-    """One evaluation with gradient and its backward pass, given slope(x0). The prompt's part of the graph stays for others."""
+def evaluate(model, context, x, t, precision):
+    """x0 of one evaluation with its graph. Nothing else of a rollout has one."""
     with precision():
-        x0 = denoise_block(context.predict, x, [t], "pingpong", model.config.objective, None, grad=True)
-    x0.backward(slope(x0.detach()), retain_graph=True)
+        return denoise(x, context.predict(x, t), t, model.config.objective)[0]
 
 
 @torch.no_grad()
 def trajectory(teacher, cond, prime, levels, cfg, draw):
     """The finetuned model's own path to the block after prime: (x_t, t) of every evaluation, and its end (B, C, block)."""
     context, seen = Context(teacher, teacher.dit.memory(with_null(cond, cfg)), prime), []
-    predict = context.predict if cfg == 1 else lambda x, t: guided(context.predict(x, t), cfg)
-    end = denoise_block(recorded(predict, seen), draw(), levels, "euler", teacher.config.objective, draw)
+    end = denoise_block(recorded(with_guidance(context.predict, cfg), seen), draw(), levels, "euler", teacher.config.objective, draw)
     return seen, end
 
 
@@ -289,12 +287,6 @@ def next_phase(done, args):
         return "D" if done["D"] <= done["G"] else "G"
 
 
-def return_memory():
-    """On the CPU, checkpointing frees activations between what it keeps, and glibc would hold on to all those holes: have every
-    tensor over 1 MiB mapped, and so returned, on its own. Half the peak, a little slower."""
-    mallopt({-4: 2 ** 16, -3: 2 ** 20})                     # M_MMAP_MAX, M_MMAP_THRESHOLD
-
-
 def over_processes(sums, world):
     """{name: sum over this process's items} -> over everyone's."""
     values = torch.stack([v.double().cpu() for v in sums.values()])
@@ -369,7 +361,7 @@ def main():
     say(f"{'block-causal' if c.causal else 'encoder-decoder'}; G {million(players['G'])}, D {million(players['D'])} parameters to train, D from "
         f"{args.init if args.base == 'none' else args.base}, layer {critic.layer}; {c.context} + {args.rollout} x {c.block} frames = "
         f"{frames / c.frame_rate:.1f} s, 1 to {args.most} denoising steps a block; batch {args.batch} = {world} processes x {args.accumulate} x "
-        f"{args.batch // world // args.accumulate}; {device.type}, {'float32' if precision is contextlib.nullcontext else 'bf16'}; done {done}")
+        f"{args.batch // world // args.accumulate}; {device.type}, {choose_precision(args.precision, device)}; done {done}")
 
     def write():
         if not rank:
@@ -422,17 +414,16 @@ def main():
                     chosen = b.rng.permutation(len(points))[:args.most]
                     for i in chosen:
                         x, t = points[i]
-                        weight = 1 / alpha_sigma(t, c.objective)[1] ** 2 / len(chosen)      # an error of x0 over sigma is one of v
-                        def slope(x0):                      # of the mean squared error of v, which weighs all levels alike
-                            add(loss=weight * (x0 - end).square().mean((1, 2)))
-                            return 2 * weight * (x0 - end) / end[0].numel() * share
-                        backward_through(model, context, x, t, slope, precision)
+                        weight = 1 / alpha_sigma(t, c.objective)[1] ** 2 / len(chosen)      # an error of x0 over sigma is one of v: all levels weigh alike
+                        losses = weight * (evaluate(model, context, x, t, precision) - end).square().mean((1, 2))
+                        (losses.sum() * share).backward(retain_graph=True)
+                        add(loss=losses)
                     continue
 
                 # --- the game: both are judged at the same level, under the same noise
                 with precision():
                     fake, last = rollout(model, memory, prime, levels, b.ks, draw)
-                t, here = torch.sigmoid(6 - 8 * uniform), music[:, None, c.context:]        # t = sigmoid(-u), u in [-6, 2)
+                t, here = noise_level(uniform), music[:, None, c.context:]
                 weights = critic.weights(music, c.context)
                 def score(x, cond):
                     x = torch.cat([prime, x * here], dim=-1)
@@ -470,6 +461,7 @@ def main():
             step, game = sum(done.values()), done["D"] + done["G"]
             if phase.startswith("warm") and next_phase(done, args) != phase:
                 optimizer.state.clear()                     # it has served: twice the weights' memory
+                teacher = teacher if phase == "warm D" else None
             if game == 1:
                 model.stage, model.sampling = "arc", dict(steps=args.most, prompt=prompt, words=model.sampling.get("words", []))
             bar.update()

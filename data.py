@@ -28,8 +28,7 @@ import torch
 from torchaudio.transforms import Resample
 from tqdm import tqdm
 
-from common import device_of, keep_memory, load, run
-from model import UserError
+from common import UserError, device_of, keep_memory, load, run, write_whole
 
 AUDIO = set(".wav .wave .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .w64 .rf64 .caf".split())
 BESIDE = set(".jpg .jpeg .png .gif .webp .pdf .m3u .m3u8 .cue .log .npy .pt .json".split())     # no music, no mistake
@@ -229,18 +228,6 @@ def fingerprint(model):
     return f"{crc:08x}"
 
 
-def write(path, save):
-    """Write to a temporary name and rename: a killed run leaves no half file that a later one would trust."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            save(f)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    opened.cache_clear()
-
-
 @lru_cache(maxsize=256)                                     # thousands held open would be refused
 def opened(file):
     return np.load(file, mmap_mode="r")
@@ -292,7 +279,8 @@ def encode_track(file, path, model, tell):
     latents = np.concatenate(parts)
     if not np.isfinite(latents).all():
         raise UserError(f"{file}: its latents are not finite")
-    write(path, lambda f: np.save(f, latents))
+    write_whole(path, lambda f: np.save(f, latents))
+    opened.cache_clear()
     return frames
 
 
@@ -335,7 +323,7 @@ def prepare(folder, model, latents_dir=None, device="cpu", quiet=False):
         found = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3]) or "it is empty"
         raise UserError(f"{folder}: no readable audio ({found}); put wav, flac, ogg, mp3, opus or aiff files there")
     index = {t.name: {"latents": t.file.name, "frames": t.frames, "prompt": t.prompt} for t in tracks}
-    write(latents_dir / "index.json", lambda f: f.write(json.dumps(index, indent=1).encode()))      # for people
+    write_whole(latents_dir / "index.json", lambda f: f.write(json.dumps(index, indent=1).encode()))      # for people
     dataset = Dataset(tracks, *divide(tracks, config.block), sorted(skipped), latent_std(tracks),
                       sum(t.frames for t in tracks) / config.frame_rate / 3600)
     if not quiet:
@@ -374,7 +362,11 @@ def report(dataset, latents_dir, unknown):
 
 # ------------------------------------------------------------------------------------------------ crops
 def crops_at(tracks, blocks, block, positions):
-    """Crops at positions in [0, 1) of all tracks laid end to end -> what `crop` returns."""
+    """Crops at positions in [0, 1) of all tracks laid end to end: every frame as likely as any other where the positions are
+    random, not aligned to blocks.
+
+    Returns latents (n, C, blocks * block) float32, the prompts, and how many blocks of each crop are missing (n,): a track
+    too short for it stands at the right end, zeros before it, as a stream begins."""
     ends = np.cumsum([t.frames for t in tracks])
     length, out, prompts, missing = blocks * block, [], [], []
     for position in positions:
@@ -393,23 +385,15 @@ def crops_at(tracks, blocks, block, positions):
     return torch.stack(out), prompts, torch.tensor(missing)
 
 
-def crop(tracks, blocks, block, count, rng):
-    """Random crops, every frame of the tracks as likely as any other, not aligned to blocks. rng: a numpy Generator.
-
-    Returns latents (count, C, blocks * block) float32, the prompts, and how many blocks of each crop are missing
-    (count,): a track too short for it stands at the right end, zeros before it, as a stream begins."""
-    return crops_at(tracks, blocks, block, rng.random(count))
-
-
 def fixed_crops(tracks, blocks, block, count):
-    """As `crop`, but evenly spaced over the tracks and the same every time: for validation."""
+    """`count` crops evenly spaced over the tracks, the same every time: for validation."""
     return crops_at(tracks, blocks, block, (np.arange(count) + 0.5) / count)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Encode a folder of audio and say what a training would learn from.")
     parser.add_argument("data", help="folder of audio files")
-    parser.add_argument("--ckpt", default="nano.pt", help="checkpoint whose autoencoder encodes")
+    parser.add_argument("--ckpt", default=str(Path(__file__).with_name("nano.pt")), help="checkpoint whose autoencoder encodes")
     parser.add_argument("--latents", help="folder for the latents (default: one of its own in out/latents)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -7,12 +7,12 @@
 Everything random in step n comes from (seed, n): a resumed run, and one shared by several processes, draws the same.
 """
 import argparse
-import contextlib
 import csv
 import math
 import os
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,9 +24,9 @@ from torch.quasirandom import SobolEngine
 from tqdm import tqdm
 
 import data
-from common import device_of, keep_memory, load, read_checkpoint, run, save, whole, writable
-from model import LMDM, PRESETS, Cond, UserError, add_noise, shift_time, velocity, words_of
-from precision import choose_precision
+from common import UserError, device_of, keep_memory, load, read_checkpoint, run, save, whole, writable
+from model import LMDM, PRESETS, Cond, add_noise, shift_time, velocity, words_of
+from precision import choose_precision, precision_of
 from sample import WavWriter, decode_stream, pcm, prefetch, stream
 
 
@@ -148,13 +148,6 @@ def average_gradients(parameters, world):
         p.grad = g.view_as(p)
 
 
-def precision_of(name, device):
-    """"auto", "float32" or "bf16" -> a context manager to run the network in. Weights and optimizer stay float32."""
-    if choose_precision(name, device) == "bf16":
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext
-
-
 def peak_memory(device):
     """The most memory that this process has held so far, in words: on the GPU where it trains there."""
     if device.type == "cuda":
@@ -269,7 +262,7 @@ def start_model(args):
             fresh.autoencoder = model.autoencoder
             model = fresh
     else:
-        model, keep = LMDM(type(PRESETS[args.preset])(**{**PRESETS[args.preset].to_dict(), **overrides})), {}
+        model, keep = LMDM(replace(PRESETS[args.preset], **overrides)), {}
     model.stage, model.sampling = "finetune", keep
     return model
 
@@ -320,7 +313,7 @@ def main():
     say(f"{'block-causal' if c.causal else 'encoder-decoder'}, {sum(p.numel() for p in trained) / 1e6:.1f} M parameters to train; window "
         f"{c.window} frames = {c.window / c.frame_rate:.2f} s, {args.blocks} of {c.block} learned at once; batch {args.batch} = {world} "
         f"processes x {args.accumulate} x {args.batch // world // args.accumulate}; {device.type}, "
-        f"{'bf16' if precision is not contextlib.nullcontext else 'float32'}; steps {step} to {args.steps}")
+        f"{choose_precision(args.precision, device)}; steps {step} to {args.steps}")
 
     def write():
         if not rank:

@@ -20,10 +20,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-class UserError(Exception):
-    """Something the user can mend: scripts print it as one line and exit with status 2."""
-
-
 # ------------------------------------------------------------------------------------------------ sizes
 @dataclass(frozen=True)
 class Config:
@@ -170,9 +166,14 @@ def denoise(x, v, t, objective):
     return alpha * x - sigma * v, sigma * x + alpha * v
 
 
+def noise_level(u):
+    """The noise level a share u in [0, 1] of the way from noise to music: t = sigmoid(-l), l linear from -6 to 2."""
+    return torch.sigmoid(6 - 8 * u)
+
+
 def schedule(steps):
-    """The steps + 1 noise levels of a block, from 1 down to 0: t = sigmoid(-l), l linear from -6 to 2."""
-    t = torch.sigmoid(-torch.linspace(-6, 2, steps + 1))
+    """The steps + 1 noise levels of a block, from 1 down to 0."""
+    t = noise_level(torch.linspace(0, 1, steps + 1))
     t[0], t[-1] = 1, 0
     return t
 
@@ -338,7 +339,7 @@ class Conditioner(nn.Module):
         """B strings -> (B, text_tokens, cond_width), zero at padding."""
         if self.config.text == "words":
             return self.words(prompts)
-        from stable_audio_port import encode_t5             # needs `transformers`, so only here
+        from stable_audio_port import encode_t5             # which itself imports this file
         device = next(self.numbers.parameters()).device     # T5 itself runs on the CPU
         states, mask = (y.to(device) for y in encode_t5(prompts, self.config.text_model, self.config.text_tokens, self.config.text_width))
         if self.config.text_width != self.config.cond_width:
@@ -623,9 +624,3 @@ class LMDM(nn.Module):
         super().__init__()
         self.config, self.stage, self.sampling = config, stage, sampling or {}
         self.autoencoder, self.conditioner, self.dit = Autoencoder(config), Conditioner(config), DiT(config)
-
-
-def guided(v, cfg):
-    """Classifier-free guidance of a doubled batch [conditional | null]: v_null + cfg (v_cond - v_null)."""
-    cond, null = v.chunk(2)
-    return null + cfg * (cond - null)

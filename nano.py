@@ -39,10 +39,10 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchaudio.functional import melscale_fbanks
 
-from common import keep_memory, load, read_checkpoint, run, save, save_whole, writable
+from common import UserError, keep_memory, load, read_checkpoint, run, save, save_whole, writable
 from data import audio_files, read_audio, split
 from finetune import average_gradients, micro_rows, start_processes
-from model import LMDM, PRESETS, ResidualUnit, SnakeBeta, UserError
+from model import LMDM, PRESETS, ResidualUnit, SnakeBeta
 from sample import SAMPLERS, prefetch
 
 INSTRUMENTS = {"marimba": 12}                               # General MIDI programs

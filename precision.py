@@ -3,10 +3,13 @@
 `to_precision` is the one way in. What each choice costs and brings was measured: "Results" in the README, and
 docs/experiments.md.
 """
+import contextlib
+
 import torch
 from torch import nn
 
-from model import ConvTranspose1d, UserError
+from common import UserError
+from model import ConvTranspose1d
 
 PRECISIONS = "auto", "float32", "bf16", "int8"
 
@@ -25,13 +28,20 @@ def has_int8(device):
 
 
 def choose_precision(name, device):
-    """"auto", "float32", "bf16" or "int8" -> one of the last three; what auto takes is never int8."""
+    """"auto", "float32", "bf16" or "int8" -> one of the last three. Here auto never means int8, which is for playing alone."""
     return name if name != "auto" else "bf16" if has_bf16(device) else "float32"
+
+
+def precision_of(name, device):
+    """"auto", "float32" or "bf16" -> a context manager to train the network in. Weights and optimizer stay float32."""
+    if choose_precision(name, device) == "bf16":
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext
 
 
 class Int8Linear(nn.Module):
     """A linear layer on a CPU in 8-bit integers: weights with a scale for each output channel, inputs with one scale, found
-    anew for each input (dynamic quantization). Sums are exact, in 32 bits; input and output are float32."""
+    anew for each item of a batch (dynamic quantization). Sums are exact, in 32 bits; input and output are float32."""
     def __init__(self, linear):
         super().__init__()
         scale = linear.weight.abs().amax(dim=1).clamp(min=1e-8) / 127
@@ -39,7 +49,9 @@ class Int8Linear(nn.Module):
         self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
         self.reduce_range = not torch.cpu._is_vnni_supported()      # older CPUs add pairs of products in 16 bits: 7 bits for inputs
 
-    def forward(self, x):                                   # (..., in_features) -> (..., out_features)
+    def forward(self, x):                                   # (B, ..., in_features) -> (B, ..., out_features)
+        if len(x) > 1:                                      # or how a stream is rounded would depend on those beside it
+            return torch.cat([self(item) for item in x.split(1)])
         return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
 
 

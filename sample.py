@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import default_checkpoint, device_of, discard_output, keep_memory, load, positive, run, whole
-from model import (Cond, Conv1d, ConvTranspose1d, ResidualUnit, UserError, add_noise, alpha_sigma, denoise, guided, schedule,
-                   words_of)
+from common import UserError, default_checkpoint, device_of, discard_output, keep_memory, load, positive, run, whole
+from model import Cond, Conv1d, ConvTranspose1d, ResidualUnit, add_noise, alpha_sigma, denoise, schedule, words_of
 from precision import PRECISIONS, packs, to_precision
+from stable_audio_port import load_prompts
 
 SAMPLERS = "euler", "dpmpp", "pingpong"
 DEFAULTS = {                                                # by the stage recorded in the checkpoint
@@ -108,16 +108,15 @@ class Context:
         return v
 
 
-def denoise_block(predict, x, levels, sampler, objective, draw, grad=False):
+@torch.no_grad()
+def denoise_block(predict, x, levels, sampler, objective, draw):
     """From noise x (B, C, T) to x0, evaluating predict(x, t) -> v at each of `levels`, falling from 1.
 
     sampler: "euler" keeps the predicted noise, "pingpong" draws fresh noise with draw(), "dpmpp" is Euler with x0
-    extrapolated from the two last predictions (DPM-Solver++ 2M, arXiv 2211.01095). With grad only the last evaluation is
-    differentiated (ARC-Forcing). Stopping early is passing fewer levels."""
+    extrapolated from the two last predictions (DPM-Solver++ 2M, arXiv 2211.01095). Stopping early is passing fewer levels."""
     before = None                                           # the last x0, and by how much log SNR grew since
     for i, t in enumerate(levels):
-        with torch.set_grad_enabled(grad and i == len(levels) - 1):
-            x0, eps = denoise(x, predict(x, t), t, objective)
+        x0, eps = denoise(x, predict(x, t), t, objective)
         if i + 1 == len(levels):
             return x0
         if sampler != "dpmpp":
@@ -144,11 +143,19 @@ def with_null(cond, cfg):
     return cond if cfg == 1 else Cond(*(torch.cat(pair) for pair in zip(cond, cond.null())))
 
 
+def with_guidance(predict, cfg):
+    """predict(x, t) -> v of that doubled batch, as one that is guided: v_null + cfg (v_cond - v_null)."""
+    def guided(x, t):
+        cond, null = predict(x, t).chunk(2)
+        return null + cfg * (cond - null)
+    return predict if cfg == 1 else guided
+
+
 @torch.no_grad()
 def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed=0, prime=None, use_cache=True, change=None):
     """Yield latent blocks (B, C, block), for ever when `blocks` is None; the first n do not depend on `blocks`.
 
-    prime: latents (B or 1, C, T) to go on from; frames before its first whole block are dropped. steps, sampler and cfg
+    prime: latents (B or 1, C, T) to go on from; only its last whole blocks, as many as are still heard, count. steps, sampler and cfg
     default to what suits the checkpoint's stage. seed: one, or one for each item, which then is the stream of that seed.
     change: called before each block; gives a new `cond` of the same batch from there on, or None. Finished blocks stay.
     Block-causal, so do their cached keys and values, made under the old condition (the newest block's only come with the
@@ -159,10 +166,11 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
     levels = schedule(settings["steps"])[:-1].to(device)
     shape = len(cond.tokens) // len(rngs), c.latent_channels, c.block
     draw = lambda: torch.cat([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
-    prime = torch.zeros(len(cond.tokens), c.latent_channels, 0) if prime is None else prime[..., prime.shape[-1] % c.block:]
-    prime = prime.to(device).expand(len(cond.tokens), -1, -1)
+    prime = torch.zeros(len(cond.tokens), c.latent_channels, 0) if prime is None else prime
+    heard = min(prime.shape[-1] // c.block, c.reach_blocks) * c.block
+    prime = prime[..., prime.shape[-1] - heard:].to(device).expand(len(cond.tokens), -1, -1)
     context = Context(model, model.dit.memory(with_null(cond, cfg)), prime, use_cache)
-    predict = context.predict if cfg == 1 else lambda x, t: guided(context.predict(x, t), cfg)
+    predict = with_guidance(context.predict, cfg)
     for _ in itertools.count() if blocks is None else range(blocks):
         if change is not None and (new := change()) is not None:
             context.memory = model.dit.memory(with_null(new, cfg))
@@ -175,13 +183,10 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
 def clip(model, cond, frames, *, steps=None, sampler=None, cfg=None, seed=0):
     """One clip of latents (B, C, frames) made whole, as the public model does: no context, no blocks."""
     settings, rng = sampling_settings(model, steps, sampler, cfg), torch.Generator().manual_seed(seed)
-    cfg, doubled = settings["cfg"], with_null(cond, settings["cfg"])
+    told = with_null(cond, settings["cfg"])
     draw = lambda: torch.randn(len(cond.tokens), model.config.latent_channels, frames, generator=rng).to(cond.tokens.device)
-
-    def predict(x, t):
-        if cfg == 1:
-            return model.dit(x, t.expand(len(x)), cond)
-        return guided(model.dit(x.repeat(2, 1, 1), t.expand(2 * len(x)), doubled), cfg)
+    twice = lambda x: x.repeat(len(told.tokens) // len(x), 1, 1)                # with guidance
+    predict = with_guidance(lambda x, t: model.dit(twice(x), t.expand(len(told.tokens)), told), settings["cfg"])
     levels = schedule(settings["steps"])[:-1].to(cond.tokens.device)
     return denoise_block(predict, draw(), levels, settings["sampler"], model.config.objective, draw)
 
@@ -413,7 +418,7 @@ def parse(argv=None):
     p.add_argument("--ckpt", help="checkpoint (default: out/arc.pt, else out/finetune.pt, else nano.pt)")
     p.add_argument("--prompt", help="what to play (default: the checkpoint's own example)")
     p.add_argument("--prompt-file", help="embeddings written by stable_audio_port.py --prompts; the first, or the one --prompt names")
-    p.add_argument("--seconds", type=positive, help="length (default: 30, with --live inf); inf plays until stopped")
+    p.add_argument("--seconds", type=positive, help="length (default: 30, or a whole clip, with --live inf); inf plays until stopped")
     p.add_argument("--prime", help="audio file to go on from")
     p.add_argument("--live", action="store_true", help="each line typed while a player plays is the prompt from the next block on (not on Windows)")
     p.add_argument("--out", help=".wav or .flac instead of standard output")
@@ -428,9 +433,7 @@ def parse(argv=None):
     p.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: int8 where CPU and checkpoint suit it, else bf16 where it is faster")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
     p.add_argument("--compile", action="store_true", help="compile part of the decoder: 20 s more before the first block, then faster")
-    args = p.parse_args(argv)
-    args.seconds = args.seconds or (math.inf if args.live else 30)
-    return args
+    return p.parse_args(argv)
 
 
 def make_cond(model, prompt, prompt_file, numbers):
@@ -440,8 +443,9 @@ def make_cond(model, prompt, prompt_file, numbers):
         if known and (strange := [w for w in words_of(prompt) if w not in known]):  # random vectors still: fewer, softer notes
             print(f"words that this model has not learned are left out: {', '.join(strange)}", file=sys.stderr)
             prompt = " ".join(w for w in words_of(prompt) if w in known)
+            if not prompt:
+                raise UserError(f"none is left; it knows {', '.join(known[:20])}")
         return model.conditioner([prompt], **numbers), prompt
-    from stable_audio_port import load_prompts
     prompts, embeddings = load_prompts(prompt_file)
     if prompt is not None and prompt not in prompts:
         raise UserError(f"{prompt_file} holds no embedding of {prompt!r}; it holds: {'; '.join(prompts[:5])}")
@@ -476,33 +480,40 @@ def new_prompt(model, prompt_file, lines):
     return cond
 
 
+def longest_clip(config):
+    """Seconds that the public model makes at once."""
+    return config.clip * config.hop / config.sample_rate
+
+
+def check(model, args):
+    """UserError for what the arguments ask of a checkpoint that cannot do it."""
+    base = model.stage == "base"
+    for option in "compile", "prime", "no_cache":
+        if getattr(args, option) and base:
+            raise UserError(f"--{option.replace('_', '-')} is for models that stream; this one makes a clip")
+    if model.stage == "autoencoder":
+        raise UserError("this checkpoint holds only an autoencoder yet: finetune.py --init trains the rest")
+    if args.live and (base or args.no_cache and model.config.causal):
+        raise UserError("--live needs a model that streams, and block-causal its cache, which remembers what was made under which prompt")
+    if args.live and (os.name == "nt" or sys.stdin is None):
+        raise UserError("--live reads standard input, without waiting; it is closed, or this is Windows, where that cannot be done")
+    if base and args.seconds > longest_clip(model.config):
+        raise UserError(f"this checkpoint makes one clip of at most {longest_clip(model.config):.1f} s; to stream, finetune it first (finetune.py --init)")
+
+
 def audio_of(model, args, samples, together):
     """The audio pieces (1, 2, n) that the arguments ask for, at least `samples` of them, and a line about the plan.
 
     together: make blocks while others are decoded."""
-    c, prime = model.config, None
-    for option in "compile", "prime", "no_cache":
-        if getattr(args, option) and model.stage == "base":
-            raise UserError(f"--{option.replace('_', '-')} is for models that stream; this one makes a clip")
-    settings = sampling_settings(model, args.steps, args.sampler, args.cfg)
-    plan = f"{settings['steps']} {settings['sampler']} steps, guidance {settings['cfg']:g}"
-    options = dict(**settings, seed=args.seed)
-    if model.stage == "autoencoder":
-        raise UserError("this checkpoint holds only an autoencoder yet: finetune.py --init trains the rest")
-    if args.live and (model.stage == "base" or args.no_cache and c.causal):
-        raise UserError("--live needs a model that streams, and block-causal its cache, which remembers what was made under which prompt")
-    if args.live and (os.name == "nt" or sys.stdin is None):
-        raise UserError("--live reads standard input, without waiting; it is closed, or this is Windows, where that cannot be done")
+    c, prime, settings = model.config, None, sampling_settings(model, args.steps, args.sampler, args.cfg)
+    plan, options = f"{settings['steps']} {settings['sampler']} steps, guidance {settings['cfg']:g}", dict(**settings, seed=args.seed)
     if model.stage == "base":
-        longest = c.clip * c.hop / c.sample_rate
-        if args.seconds > longest:
-            raise UserError(f"this checkpoint makes one clip of at most {longest:.1f} s; to stream, finetune it first (finetune.py --init)")
         numbers = {name: 0 if name == "seconds_start" else args.seconds for name, _, _ in c.numbers}
         cond, prompt = make_cond(model, args.prompt, args.prompt_file, numbers)
-        return (model.autoencoder.decode(z) for z in [clip(model, cond, c.clip, **options)]), f"{prompt!r}: one clip, {plan}"
+        return (model.autoencoder.decode(clip(model, cond, c.clip, **options)) for _ in range(1)), f"{prompt!r}: one clip, {plan}"
     cond, prompt = make_cond(model, args.prompt, args.prompt_file, c.stream_numbers)
     if args.prime:
-        from data import encode_file
+        from data import encode_file                        # which imports torchaudio, for a second
         prime = encode_file(model, args.prime)[None].to(args.device)
         if prime.shape[-1] < c.block:
             raise UserError(f"{args.prime} is shorter than one block ({c.block / c.frame_rate:.2f} s)")
@@ -535,6 +546,8 @@ def main():
     keep_memory()
     path, device, threads = args.ckpt or default_checkpoint(), device_of(args.device), args.threads or torch.get_num_threads()
     model = load(path).to(device)
+    args.seconds = args.seconds or (math.inf if args.live else min(30, longest_clip(model.config)) if model.stage == "base" else 30)
+    check(model, args)
     together = side_by_side(model, threads)
     if device.type == "cpu":
         torch.set_num_threads((threads + 1) // 2 if together else threads)

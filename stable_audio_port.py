@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import run, save, save_whole, whole
-from model import LMDM, Config, UserError
+from common import UserError, run, save, save_whole, whole
+from model import LMDM, Config
 
 
 def say(text):

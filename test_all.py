@@ -36,7 +36,8 @@ import precision
 import sample
 import stable_audio_port as port
 
-from model import (LMDM, PRESETS, Cond, Conditioner, Config, SnakeBeta, UserError, add_noise, alpha_sigma, channels_last, denoise, guided, schedule,
+from common import UserError
+from model import (LMDM, PRESETS, Cond, Conditioner, Config, SnakeBeta, add_noise, alpha_sigma, channels_last, denoise, schedule,
                    shift_time, velocity, visible)
 from stable_audio_port import load_stable_audio
 
@@ -262,9 +263,11 @@ def test_int8_layer_by_hand():
         linear.weight.copy_(torch.randint(-127, 128, linear.weight.shape)).T[0] = 127
     exact = precision.Int8Linear(linear)
     top = 64 if exact.reduce_range else 128
-    x = torch.randint(-top, top, (3, 64)).float()
-    x[0, :2] = torch.tensor([-top, top - 1.0])              # all of the range, so that a step is 1
+    x = torch.randint(-top, top, (1, 3, 64)).float()
+    x[0, 0, :2] = torch.tensor([-top, top - 1.0])           # all of the range, so that a step is 1
     assert (exact(x) - linear(x)).abs().max() < 1e-2
+    loud = torch.cat([x, 1000 * torch.randn_like(x)])       # one item of a batch does not change how another is rounded
+    assert torch.equal(exact(loud)[:1], exact(x))
 
 
 @pytest.mark.parametrize("causal,bf16", [(True, False), (False, False), (True, True)])
@@ -393,7 +396,6 @@ def test_live_prompts(tiny_file, tmp_path, monkeypatch, call):
     assert "--live needs" in play("fast", "--no-cache")
     monkeypatch.setattr(sys, "stdin", None)
     assert "closed" in call(sample.main, "--ckpt", tiny_file, "--live", "--out", "live.wav")[1]
-    assert sample.parse(["--live"]).seconds == math.inf and sample.parse([]).seconds == 30
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -558,6 +560,40 @@ def test_words_never_learned_are_left_out(tiny_file, music, tmp_path, call):
     assert played[0] == played[1]
 
 
+def test_nothing_known_in_a_prompt(tiny_file, tmp_path, call):
+    model = sample.load(tiny_file)
+    model.sampling = dict(model.sampling, words=["piano", "slow"])
+    common.save(model, tmp_path / "knows.pt")
+    status, err = call(sample.main, "--ckpt", "knows.pt", "--prompt", "jazz", "--out", "a.wav")
+    assert status == 2 and "it knows piano, slow" in err and not (tmp_path / "a.wav").exists()
+
+
+def test_clip_is_not_made_before_its_output_is_open(tmp_path, call, monkeypatch):
+    """A whole clip can take minutes: what cannot be written is refused first. Without --seconds it is as long as it can be, up to 30 s."""
+    model, made = tiny(clip=20), []
+    model.stage = "base"
+    common.save(model, tmp_path / "base.pt")
+    real = sample.clip
+    monkeypatch.setattr(sample, "clip", lambda *args, **kw: made.append(1) or real(*args, **kw))
+    status, err = call(sample.main, "--ckpt", "base.pt", "--steps", 1, "--out", "a.mp3")
+    assert status == 2 and "must end in .wav or .flac" in err and not made
+    assert call(sample.main, "--ckpt", "base.pt", "--steps", 1, "--out", "a.wav")[0] == 0 and made == [1]
+    assert soundfile.info(tmp_path / "a.wav").frames == 20 * TINY.hop
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_prime_too_old_to_be_heard_is_left_out(causal):
+    """As many blocks as reach the next one through all layers, not the whole recording."""
+    model, ran = tiny(causal=causal), []
+    c, plain, cond = model.config, model.dit.blocks, condition(model, "slow piano")
+    prime, draw = torch.randn(1, 8, (c.reach_blocks + 9) * c.block + 1), noises(0, (1, 8, c.block))
+    context = sample.Context(model, model.dit.memory(cond), prime[..., 1:])                 # all of it
+    want = sample.denoise_block(context.predict, draw(), schedule(2)[:-1], "euler", c.objective, draw)
+    model.dit.blocks = lambda *args: ran.append(args) or plain(*args)
+    got = latents_of(model, cond, 1, steps=2, sampler="euler", cfg=1, prime=prime)
+    assert (got - want).abs().max() < 1e-5 and len(ran) == (c.reach_blocks - 1 if causal else 0) + 2
+
+
 def test_side_by_side():
     """Making and decoding blocks share the cores only where there are two to share, and layers are small."""
     assert sample.side_by_side(tiny(), 2) and not sample.side_by_side(tiny(), 1) and not sample.side_by_side(tiny(width=576, heads=9), 2)
@@ -672,6 +708,11 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     common.save(tiny(), tmp_path / "a.pt")
+    broken = tiny()
+    broken.dit.project_in.weight.data[0, 0] = math.nan
+    with pytest.raises(UserError, match="no longer finite"):
+        common.save(broken, tmp_path / "a.pt")
+    assert sample.load(tmp_path / "a.pt").dit.project_in.weight.isfinite().all()
     before = (tmp_path / "a.pt").read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (10000, limits[1]))
     try:
@@ -894,7 +935,7 @@ def test_accumulation_checkpointing_and_processes_change_nothing(tiny_file, musi
 # ------------------------------------------------------------------------------------------------ the README
 def readme_commands():
     """Every line of the shell blocks of README and docs that runs one of our scripts or copies a file; what it is piped into is not ours."""
-    text = (HERE / "README.md").read_text() + (HERE / "docs" / "experiments.md").read_text()
+    text = "".join((HERE / name).read_text() for name in ("README.md", "docs/nano.md", "docs/experiments.md"))
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.S | re.M)
     lines = [re.sub(r"^OMP_NUM_THREADS=\d+ ", "", part.strip()) for block in blocks for line in block.replace("\\\n", " ").splitlines() for part in line.split("&&")]
     return [re.sub(r"\s*[|>].*", "", line) for line in lines if re.match(r"(python|torchrun \S+) \w+\.py|cp ", line)]
@@ -1262,11 +1303,11 @@ def test_single_track_gives_its_last_tenth(tmp_path):
 
 def test_crops(tmp_path):
     tracks = fake_tracks(tmp_path, [90, 11, 30])            # 11 frames: two blocks of 4, the first 3 frames dropped
-    latents, prompts, missing = data.crop(tracks, 5, 4, 2000, np.random.default_rng(1))
+    latents, prompts, missing = data.crops_at(tracks, 5, 4, np.random.default_rng(1).random(2000))
     assert latents.shape == (2000, 3, 20) and latents.dtype == torch.float32 and missing.dtype == torch.long
-    again = data.crop(tracks, 5, 4, 2000, np.random.default_rng(1))
+    again = data.crops_at(tracks, 5, 4, np.random.default_rng(1).random(2000))
     assert torch.equal(again[0], latents) and again[1] == prompts and torch.equal(again[2], missing)
-    assert not torch.equal(data.crop(tracks, 5, 4, 2000, np.random.default_rng(2))[0], latents)
+    assert not torch.equal(data.crops_at(tracks, 5, 4, np.random.default_rng(2).random(2000))[0], latents)
     which = torch.tensor([int(p[-1]) for p in prompts])
     for i, frames in enumerate((90, 11, 30)):
         assert abs((which == i).float().mean() - frames / 131) < 0.04
@@ -1339,7 +1380,7 @@ def check_networks(model, z, numbers):
     both = Cond(*(torch.cat(pair) for pair in zip(cond, cond.null())))
     v = model.dit(z["x"].repeat(2, 1, 1), z["t"].repeat(2), both)
     close(v[:2], z["v"])
-    close(guided(v, 4), z["v_cfg4"])
+    close(sample.with_guidance(lambda x, t: v, 4)(None, None), z["v_cfg4"])
     return cond
 
 
