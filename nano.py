@@ -8,7 +8,7 @@
         --d-warmup 150 --warmup-lr 2e-4 --no-remat
     python nano.py pack --arc out/arc.pt --share 0.15 --steps 6 --autoencoder out/nano_ae.pt    # float16 -> nano.pt
 
-What ships went on from there, by one more round with a guided teacher ("The shipped model" in the README).
+What ships went on from there, by one more round with a guided teacher (docs/nano.md).
 
 A GPU needs ten minutes for it; two CPU cores, with smaller batches and `OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 nano.py
 autoencoder --threads 1`, an afternoon.
