@@ -427,7 +427,7 @@ def parse(argv=None):
     p.add_argument("--steps", type=whole, help="denoising steps per block (default: the checkpoint's)")
     p.add_argument("--cfg", type=float, help="guidance, 1 for none (default: the checkpoint's)")
     p.add_argument("--sampler", choices=SAMPLERS, help="(default: the checkpoint's)")
-    p.add_argument("--no-cache", action="store_true", help="recompute the whole context at every step: slow, the same music")
+    p.add_argument("--no-cache", action="store_true", help="recompute the whole context at every step: slow, the same music but for rounding")
     # machine
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: int8 where CPU and checkpoint suit it, else bf16 where it is faster")
