@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from common import UserError, load, read_checkpoint, return_memory, run, save, whole, writable
+from common import UserError, check_streams, load, read_checkpoint, return_memory, run, save, whole, writable
 from finetune import (Log, average_gradients, condition, encode_texts, micro_rows, missing_context, parse, peak_memory, prepare_once,
                       render_sample, start_processes)
 from model import Conditioner, Config, DiT, add_noise, alpha_sigma, denoise, noise_level, schedule, shift_time, velocity
@@ -265,8 +265,7 @@ def fill_in(args):
     if not Path(args.init).is_file():
         raise UserError(f"no checkpoint at {args.init}: run finetune.py first, or name a finetuned one with --init")
     saved = read_checkpoint(args.init)
-    if saved["stage"] not in ("finetune", "arc"):
-        raise UserError(f"{args.init} (stage {saved['stage']}) has not learned to stream: finetune it first (finetune.py --init {args.init})")
+    check_streams(args.init, saved["stage"])
     made = saved.get("args", {})
     args.data = args.data or made.get("data")
     if args.data is None:

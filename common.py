@@ -103,6 +103,12 @@ def load(path, **overrides):
     return model.eval()
 
 
+def check_streams(path, stage):
+    """UserError where a checkpoint of this stage has not learned to make a block after its context."""
+    if stage not in ("finetune", "arc"):
+        raise UserError(f"{path} (stage {stage}) has not learned to stream: finetune it first (finetune.py --init {path})")
+
+
 def default_checkpoint():
     shipped = Path(__file__).with_name("nano.pt")
     if shipped.is_relative_to(Path.cwd()):                  # the shorter name

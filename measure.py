@@ -19,7 +19,7 @@ from torchaudio.transforms import MelSpectrogram
 from tqdm import tqdm
 
 import data
-from common import UserError, default_checkpoint, device_of, keep_memory, load, run, whole, writable
+from common import UserError, check_streams, default_checkpoint, device_of, keep_memory, load, run, whole, writable
 from precision import PRECISIONS, to_precision
 from sample import SAMPLERS, decode_stream, pcm, sampling_settings, stream
 
@@ -254,8 +254,7 @@ def main():
         torch.set_num_threads(args.threads)
     path = args.ckpt or default_checkpoint()
     model = load(path).to(device_of(args.device))
-    if model.stage in ("autoencoder", "base"):
-        raise UserError(f"{path} (stage {model.stage}) has not learned to stream: finetune it first (finetune.py --init {path})")
+    check_streams(path, model.stage)
     dataset = data.prepare(args.data, model, device=args.device)    # the training's own split
     prompts, precision = [track.prompt for track in dataset.validation], to_precision(model, args.precision)
     print(f"{path}: {model.stage}, {sampling_settings(model, args.steps, args.sampler, args.cfg)}, {precision}", file=sys.stderr)

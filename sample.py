@@ -418,7 +418,7 @@ def parse(argv=None):
     p.add_argument("--ckpt", help="checkpoint (default: out/arc.pt, else out/finetune.pt, else nano.pt)")
     p.add_argument("--prompt", help="what to play (default: the checkpoint's own example)")
     p.add_argument("--prompt-file", help="embeddings written by stable_audio_port.py --prompts; the first, or the one --prompt names")
-    p.add_argument("--seconds", type=positive, help="length (default: 30, or a whole clip, with --live inf); inf plays until stopped")
+    p.add_argument("--seconds", type=positive, help="length (default: 30, or a whole clip if that is shorter; with --live inf); inf plays until stopped")
     p.add_argument("--prime", help="audio file to go on from")
     p.add_argument("--live", action="store_true", help="each line typed while a player plays is the prompt from the next block on (not on Windows)")
     p.add_argument("--out", help=".wav or .flac instead of standard output")
@@ -485,6 +485,11 @@ def longest_clip(config):
     return config.clip * config.hop / config.sample_rate
 
 
+def default_seconds(model, live):
+    """Without --seconds: live for ever, a clip no longer than it can be."""
+    return math.inf if live else min(30, longest_clip(model.config)) if model.stage == "base" else 30
+
+
 def check(model, args):
     """UserError for what the arguments ask of a checkpoint that cannot do it."""
     base = model.stage == "base"
@@ -510,6 +515,7 @@ def audio_of(model, args, samples, together):
     if model.stage == "base":
         numbers = {name: 0 if name == "seconds_start" else args.seconds for name, _, _ in c.numbers}
         cond, prompt = make_cond(model, args.prompt, args.prompt_file, numbers)
+        # made when the first piece is asked for, once the output is open
         return (model.autoencoder.decode(clip(model, cond, c.clip, **options)) for _ in range(1)), f"{prompt!r}: one clip, {plan}"
     cond, prompt = make_cond(model, args.prompt, args.prompt_file, c.stream_numbers)
     if args.prime:
@@ -546,7 +552,7 @@ def main():
     keep_memory()
     path, device, threads = args.ckpt or default_checkpoint(), device_of(args.device), args.threads or torch.get_num_threads()
     model = load(path).to(device)
-    args.seconds = args.seconds or (math.inf if args.live else min(30, longest_clip(model.config)) if model.stage == "base" else 30)
+    args.seconds = args.seconds or default_seconds(model, args.live)
     check(model, args)
     together = side_by_side(model, threads)
     if device.type == "cpu":

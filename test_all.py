@@ -396,6 +396,7 @@ def test_live_prompts(tiny_file, tmp_path, monkeypatch, call):
     assert "--live needs" in play("fast", "--no-cache")
     monkeypatch.setattr(sys, "stdin", None)
     assert "closed" in call(sample.main, "--ckpt", tiny_file, "--live", "--out", "live.wav")[1]
+    assert sample.default_seconds(model, live=True) == math.inf and sample.default_seconds(model, live=False) == 30
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -1733,10 +1734,9 @@ def test_replay_in_bf16(causal):
         model.zero_grad()
         with precision_():
             memory = model.dit.memory(condition(model))
+        if not made:                                        # the same for both
             latents, last = arc_forcing.rollout(model, memory, prime, LEVELS, [1, 3, 2, 1, 3], noises(4))
-        if not made:
-            same = latents, last
-        arc_forcing.replay(model, memory, prime, same[0], same[1], gradient, precision_)
+        arc_forcing.replay(model, memory, prime, latents, last, gradient, precision_)
         made.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained])
     for a, b in zip(*made):
         assert (a - b).norm() < 0.05 * a.norm() + 1e-3 * max(x.norm() for x in made[0])
