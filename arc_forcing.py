@@ -486,6 +486,9 @@ def main():
         write()
         say(f"\nstopped after step {sum(done.values())}; go on with --resume")
         raise
+    else:
+        if world > 1:
+            dist.barrier()                                  # nobody leaves while another still talks
     finally:
         bar.close()
         if world > 1:

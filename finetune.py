@@ -370,6 +370,9 @@ def main():
         write()
         say(f"\nstopped after step {step}; go on with --resume")
         raise
+    else:
+        if world > 1:
+            dist.barrier()                                  # nobody leaves while another still talks
     finally:
         draws.close()
         bar.close()

@@ -416,6 +416,7 @@ def train_autoencoder(args):
             clock = time.time()
     draws.close()
     if world > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 
