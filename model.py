@@ -497,6 +497,14 @@ class Memory(NamedTuple):
     global_: torch.Tensor
     cross: list
 
+    def tensors(self):
+        return [self.global_, *(y for kv in self.cross for y in kv)]
+
+    @staticmethod
+    def of(tensors):
+        """Inverse of `tensors`."""
+        return Memory(tensors[0], list(zip(tensors[1::2], tensors[2::2])))
+
 
 class DiT(nn.Module):
     """Stable Audio's "continuous transformer", and the same weights run over blocks with context."""
@@ -561,16 +569,17 @@ class DiT(nn.Module):
         return h, new
 
     def blocks(self, memory, noisy=None, t=None, noisy_index=(), clean=None, clean_index=(), past=None, past_index=(),
-               remat=False):
+               start=0, remat=False):
         """One pass over [clean blocks | noisy blocks | one timestep token per noisy block], after cached blocks.
 
-        noisy (B, C, n * block) at levels t (B, n); clean (B, C, m * block); the *_index tuples number their blocks along
-        the stream. past: each layer's (k, v) of the blocks past_index. One of noisy and clean may be absent.
+        noisy (B, C, n * block) at levels t (B, n); clean (B, C, m * block); the *_index tuples number their blocks, which
+        follow one another, along the stream, whose block 0 has frame `start` first, a number or a tensor of one. past: each
+        layer's (k, v) of the blocks past_index. One of noisy and clean may be absent.
         Returns v (B, C, n * block) or None, and each layer's (k, v) of the clean blocks. Every use of the model with
         context is this pass: training (many noisy blocks), streaming (one), filling the cache (none)."""
         c, block = self.config, self.config.block
-        device = memory.global_.device
-        frames = lambda index: (torch.tensor(index, device=device)[:, None] * block + torch.arange(block, device=device)).flatten()
+        # counted where the network runs: nothing comes from the host
+        frames = lambda index, step=1: torch.arange(index[0] * block, (index[-1] + 1) * block, step, device=memory.global_.device)
         parts, positions = [], []
         if clean_index:
             parts.append(self.embed_clean(clean))
@@ -578,12 +587,12 @@ class DiT(nn.Module):
         if noisy_index:
             parts += [self.embed_noisy(noisy), self.embed_time(t, memory.global_)]
             # the timestep token rides one before the first frame of its block's window, as in the public model
-            positions += [frames(noisy_index), (torch.tensor(noisy_index, device=device) - c.context_blocks) * block - 1]
+            positions += [frames(noisy_index), frames(noisy_index, step=block) - c.context - 1]
         h = torch.cat([p.to(parts[0].dtype) for p in parts], dim=1)
         first = min((*past_index, *clean_index, *noisy_index))      # only differences matter to who sees whom: fewer to cache
         past_, clean_, noisy_ = (tuple(i - first for i in index) for index in (past_index, clean_index, noisy_index))
         plan = attention_plan(past_, clean_, noisy_, block, c.context_blocks, c.causal)
-        h, new = self.transform(h, torch.cat(positions), memory, plan, past, remat=remat)
+        h, new = self.transform(h, torch.cat(positions) + start, memory, plan, past, remat=remat)
         n_clean, n_noisy = len(clean_index) * block, len(noisy_index) * block
         v = self.unembed(h[:, n_clean:n_clean + n_noisy]) if noisy_index else None
         return v, [(k[:, :, :n_clean], v_[:, :, :n_clean]) for k, v_ in new]

@@ -15,7 +15,6 @@ import select
 import struct
 import sys
 import time
-from collections import deque
 from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import UserError, default_checkpoint, device_of, discard_output, keep_memory, load, positive, run, whole
-from model import Cond, Conv1d, ConvTranspose1d, ResidualUnit, add_noise, alpha_sigma, denoise, schedule, words_of
+from model import Cond, Conv1d, ConvTranspose1d, Memory, ResidualUnit, add_noise, alpha_sigma, denoise, schedule, words_of
 from precision import PRECISIONS, packs, to_precision
 from stable_audio_port import load_prompts
 
@@ -43,17 +42,18 @@ DEFAULTS = {                                                # by the stage recor
 class Context:
     """The finished blocks that the next block sees, with their keys and values: the KV cache.
 
-    A finished block waits in `pending` until the next block's first denoising step, whose pass also takes it along,
-    clean, and caches its keys and values. Encoder-decoder: the whole context waits, and the cache is made anew.
-    Without a cache every step runs over all blocks that have any influence. Gradients never enter the context."""
+    A finished block waits until the next block's first denoising step, whose pass also takes it along, clean, and caches
+    its keys and values. Encoder-decoder: the whole context waits, and the cache is made anew. Without a cache every step
+    runs over all blocks that have any influence. Gradients never enter the context."""
 
     def __init__(self, model, memory, prime, use_cache=True, first=0):
         """prime: latents (B, C, whole blocks, possibly none); first: number of the first context block."""
         self.model, self.memory, self.use_cache, c = model, memory, use_cache, model.config
-        self.index = first                                  # of the next block
-        self.kv, self.kv_index = None, ()                   # per layer (k, v), and the blocks they belong to
-        self.pending, self.pending_index = None, ()
-        self.history = deque(maxlen=c.context_blocks if use_cache else c.reach_blocks)
+        self.grows = use_cache and c.causal                 # block by block, because finished blocks never look ahead
+        self.keep = c.block * (1 if self.grows else c.context_blocks if use_cache else c.reach_blocks)
+        self.start = torch.tensor(first * c.block, device=prime.device)     # the next block's first frame
+        self.kv, self.waiting = None, False                 # per layer (k, v); are the finished latents not cached yet?
+        self.finished = prime[..., :0]                      # latents, the last `keep` frames
         blocks = list(prime.split(c.block, dim=-1)) if prime.shape[-1] else []
         zeros = prime.new_zeros(*prime.shape[:-1], c.block)
         for block in [zeros] * (c.context_blocks - len(blocks)) + blocks:
@@ -62,35 +62,40 @@ class Context:
     @torch.no_grad()
     def append(self, block):
         """A block (B, C, block) is finished."""
-        c = self.model.config
-        if self.pending is not None and self.use_cache and c.causal:
+        if self.waiting and self.grows:
             self.fill()                                     # only while priming: a denoised block has filled it already
-        self.history.append(block.detach())
-        self.index += 1
-        if self.use_cache and c.causal:
-            self.pending, self.pending_index = self.history[-1], (self.index - 1,)
-        else:
-            self.kv, self.kv_index = None, ()
-            self.pending = torch.cat(tuple(self.history), dim=-1)
-            self.pending_index = tuple(range(self.index - len(self.history), self.index))
+        self.finished = torch.cat([self.finished, block.detach()], dim=-1)[..., -self.keep:]
+        self.start, self.waiting = self.start + self.model.config.block, True
+        if not self.grows:
+            self.kv = None
+
+    @property
+    def state(self):
+        """Between two blocks: the tensors that change from one to the next."""
+        return [self.start, self.finished, *itertools.chain.from_iterable(self.kv or ())]
+
+    @state.setter
+    def state(self, tensors):
+        self.start, self.finished, *kv = tensors
+        self.kv, self.waiting = list(zip(kv[::2], kv[1::2])) or None, True
 
     def run(self, x=None, t=None):
-        """One pass over [pending | x | its timestep token] -> v, and the keys and values of pending."""
-        batch = len(self.memory.global_)
+        """One pass over [waiting blocks | x | its timestep token] -> v, and the keys and values of the waiting blocks."""
+        batch, block = len(self.memory.global_), self.model.config.block
         copies = lambda y: y if y is None or len(y) == batch else y.repeat(batch // len(y), 1, 1)   # guidance: 2
         t = None if t is None else t.expand(batch, 1)
-        v, new = self.model.dit.blocks(self.memory, copies(x), t, () if x is None else (self.index,),
-                                       copies(self.pending), self.pending_index, self.kv, self.kv_index)
+        clean = self.finished if self.waiting else None
+        n, old = (0 if y is None else y.shape[-1] // block for y in (clean, self.kv and self.kv[0][0].mT))
+        v, new = self.model.dit.blocks(self.memory, copies(x), t, () if x is None else (0,), copies(clean), tuple(range(-n, 0)),
+                                       self.kv, tuple(range(-n - old, -n)), self.start)     # numbered from the next block
         return None if v is None else v.float(), new        # in bf16 the network runs, not the sampler
 
     def store(self, new):
-        """Append keys and values of the pending blocks to the cache and forget what no later block sees."""
+        """Append keys and values of the waiting blocks to the cache and forget what no later block sees."""
         keep = self.model.config.context
         if self.kv is not None:
             new = [(torch.cat([k, k2], dim=2), torch.cat([v, v2], dim=2)) for (k, v), (k2, v2) in zip(self.kv, new)]
-        self.kv = [(k[:, :, -keep:], v[:, :, -keep:]) for k, v in new]
-        self.kv_index = (self.kv_index + self.pending_index)[-self.model.config.context_blocks:]
-        self.pending, self.pending_index = None, ()
+        self.kv, self.waiting = [(k[:, :, -keep:], v[:, :, -keep:]) for k, v in new], False
 
     @torch.no_grad()
     def fill(self):
@@ -100,10 +105,10 @@ class Context:
         """v (B, C, block) of the next block x at level t. With guidance the batch is doubled: (2B, C, block)."""
         if not self.use_cache:
             return self.run(x, t)[0]
-        if self.pending is not None and torch.is_grad_enabled():
+        if self.waiting and torch.is_grad_enabled():
             self.fill()                                     # a pass of its own, so that no gradient reaches the context
         v, new = self.run(x, t)
-        if self.pending is not None:
+        if self.waiting:
             self.store(new)
         return v
 
@@ -151,6 +156,58 @@ def with_guidance(predict, cfg):
     return predict if cfg == 1 else guided
 
 
+class Graphed:
+    """function(state, *inputs) -> (result, new state), a function of tensors alone. On a GPU, once it has met the same shapes
+    twice, it is recorded as a CUDA graph, and then all its kernels start with one call: Python would take longer than they do.
+
+    state: a list of tensors, which from then on stay where the graph keeps them. An input is read again if it is another
+    tensor than the last time, not if its values have changed."""
+
+    def __init__(self, function):
+        self.function, self.graph, self.shapes = function, None, None
+
+    @torch.no_grad()
+    def __call__(self, state, *inputs):
+        tensors = [*state, *inputs]
+        shapes, device = [x.shape for x in tensors], tensors[0].device.type
+        if shapes != self.shapes or device != "cuda" or torch.is_autocast_enabled(device):      # which keeps its own copies of weights
+            self.graph, self.shapes = None, shapes
+            return self.function(state, *inputs)
+        if self.graph is None:
+            self.record(tensors, len(state))
+        for i, x in enumerate(tensors):
+            if x is not self.seen[i]:
+                self.tensors[i].copy_(x)
+        self.graph.replay()
+        self.seen = [*self.tensors[:len(state)], *inputs]
+        return self.result.clone(), self.tensors[:len(state)]
+
+    def record(self, tensors, n):
+        self.tensors, self.seen, self.graph = [x.clone() for x in tensors], tensors[:], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.result, new = self.function(self.tensors[:n], *self.tensors[n:])
+            for kept, x in zip(self.tensors, new):
+                kept.copy_(x)
+
+
+def block_by_block(context, levels, sampler, cfg=1.0):
+    """A function that makes the block (B, C, block) after `context`, which then is part of it, of noise (n, B, C, block):
+    one for each level where the sampler is "pingpong", else one. Nothing in it waits for a GPU."""
+    predict, objective = with_guidance(context.predict, cfg), context.model.config.objective
+
+    def following(state, noise, *memory):
+        context.state, context.memory, (x, *rest) = state, Memory.of(memory), noise
+        x = denoise_block(predict, x, levels, sampler, objective, iter(rest).__next__)
+        context.append(x)
+        return x, context.state
+    graphed = Graphed(following)
+
+    def make(noise):
+        x, context.state = graphed(context.state, noise, *context.memory.tensors())
+        return x
+    return make
+
+
 @torch.no_grad()
 def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed=0, prime=None, use_cache=True, change=None):
     """Yield latent blocks (B, C, block), for ever when `blocks` is None; the first n do not depend on `blocks`.
@@ -165,18 +222,16 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
     rngs = [torch.Generator().manual_seed(s) for s in seeds]
     levels = schedule(settings["steps"])[:-1].to(device)
     shape = len(cond.tokens) // len(rngs), c.latent_channels, c.block
-    draw = lambda: torch.cat([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
+    draw = lambda: torch.cat([torch.randn(shape, generator=rng) for rng in rngs])
     prime = torch.zeros(len(cond.tokens), c.latent_channels, 0) if prime is None else prime
     heard = min(prime.shape[-1] // c.block, c.reach_blocks) * c.block
     prime = prime[..., prime.shape[-1] - heard:].to(device).expand(len(cond.tokens), -1, -1)
     context = Context(model, model.dit.memory(with_null(cond, cfg)), prime, use_cache)
-    predict = with_guidance(context.predict, cfg)
+    make, draws = block_by_block(context, levels, settings["sampler"], cfg), len(levels) if settings["sampler"] == "pingpong" else 1
     for _ in itertools.count() if blocks is None else range(blocks):
         if change is not None and (new := change()) is not None:
             context.memory = model.dit.memory(with_null(new, cfg))
-        x = denoise_block(predict, draw(), levels, settings["sampler"], c.objective, draw)
-        context.append(x)
-        yield x
+        yield make(torch.stack([draw() for _ in range(draws)]).to(device))
 
 
 @torch.no_grad()
@@ -250,7 +305,7 @@ class StreamingDecoder:
 
     @torch.no_grad()
     def __init__(self, autoencoder, compile=False):
-        self.layers, self.kept = autoencoder.decoder, {}
+        self.layers, self.kept, self.graphed = autoencoder.decoder, {}, Graphed(self.piece)
         self.unpadded = {layer: Unpadded(layer) for layer in self.layers.modules() if isinstance(layer, (Conv1d, ConvTranspose1d))}
         self.dtype, device = self.layers[0].weight.dtype, self.layers[0].weight.device.type
         self.snake = fused_snake(device, self.dtype) if compile else lambda layer, x, out: layer(x, out=out)
@@ -260,7 +315,15 @@ class StreamingDecoder:
     @torch.no_grad()
     def __call__(self, latents, last=False):
         """(B, C, T) -> the audio (B, 2, n) that they settle; with `last` also all that is still inside."""
-        return self.through(self.layers, latents.to(self.dtype), last).float()
+        kept = list(self.kept.values())
+        audio, kept = self.piece(kept, latents, last) if last else self.graphed(kept, latents)
+        self.kept = dict(zip(self.kept, kept))
+        return audio
+
+    def piece(self, kept, latents, last=False):
+        """The same as a function of what the layers have kept, returning what they keep now."""
+        self.kept = dict(zip(self.kept, kept))
+        return self.through(self.layers, latents.to(self.dtype), last).float(), list(self.kept.values())
 
     def through(self, layers, x, last):
         for i, layer in enumerate(layers):

@@ -313,8 +313,8 @@ def test_cache_does_not_grow():
     for _ in range(8):
         context.predict(torch.randn(2, 8, 6), torch.tensor(0.5))
         context.append(torch.randn(2, 8, 6))
-        sizes.append((context.kv[0][0].shape[2], len(context.history)))
-    assert sizes[3:] == [(18, 3)] * 5
+        sizes.append((context.kv[0][0].shape[2], context.finished.shape[-1] // 6))
+    assert sizes[3:] == [(18, 1)] * 5
 
 
 def test_wrong_lengths_are_refused():
@@ -1747,16 +1747,16 @@ def test_gradient_flows_only_through_last_evaluations(causal):
     """The differentiated calls of the network: one a block, at its last level, on inputs that carry no graph."""
     model, ks, seen = tiny(causal=causal), [2, 1, 3], []
     plain = model.dit.blocks
-    def spy(memory, noisy=None, t=None, noisy_index=(), clean=None, clean_index=(), past=None, past_index=()):
+    def spy(memory, noisy=None, t=None, noisy_index=(), clean=None, clean_index=(), past=None, past_index=(), start=0):
         if torch.is_grad_enabled():
-            seen.append((noisy_index, t[0, 0].item(), clean, noisy.requires_grad or any(y.requires_grad for kv in past for y in kv)))
-        return plain(memory, noisy, t, noisy_index, clean, clean_index, past, past_index)
+            seen.append((noisy_index[0] + start // 6, t[0, 0].item(), clean, noisy.requires_grad or any(y.requires_grad for kv in past for y in kv)))
+        return plain(memory, noisy, t, noisy_index, clean, clean_index, past, past_index, start)
     model.dit.blocks = spy
     memory = model.dit.memory(condition(model.requires_grad_()))
     latents, last = arc_forcing.rollout(model, memory, torch.randn(2, 8, 18), LEVELS, ks, noises(0))
     assert seen == []
     arc_forcing.replay(model, memory, torch.randn(2, 8, 18), latents, last, torch.ones_like(latents), contextlib.nullcontext)
-    assert seen == [((3 + i,), LEVELS[k - 1].item(), None, False) for i, k in enumerate(ks)]
+    assert seen == [(3 + i, LEVELS[k - 1].item(), None, False) for i, k in enumerate(ks)]
 
 
 def test_losses_by_hand():
