@@ -2,21 +2,25 @@
 
     python bench.py                                                 # nano, both regimes
     python bench.py --preset sao_small --steps 8 4 2 1 --repeats 5
-    python bench.py --preset sao_small --device cuda --precision bf16
+    python bench.py --preset sao_small --device cuda --precision bf16 --compile --batch 1 8 64
 
 Columns, in milliseconds. step: one denoising step with the cache; block: all steps of a block, taking the last block into
 the cache included; floor: the block's matrix products and attentions alone, as bare library calls on the same shapes (a
 block can be faster: large weights lie in another order for it); outpaint: the same network over the whole window at every
 step, which is what outpainting does; decode: the block to audio, streaming; its floor: the decoder's convolutions alone, as
 the library has them; whole: the share of a block where eight are decoded at once. Then everything as `sample.py` plays it:
-times real time, and seconds from the start of the stream to its first audio.
+round trip, from noise drawn on the host to audio on the host, of the whole batch; times real time, the batch's together; and
+seconds from the start of the stream to its first audio. On a GPU everything is recorded as CUDA graphs, the floors too, and
+weights says how long a block's weights take to come from its memory: the DiT's at every step, the decoder's once.
 """
 import argparse
 import itertools
+import math
 import platform
 import time
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,19 +28,24 @@ from torch import nn
 from common import device_of, keep_memory, run, whole
 from model import LMDM, PRESETS, Conv1d, ConvTranspose1d, channels_last, schedule
 from precision import PRECISIONS, Int8Linear, PackedLinear, has_bf16, to_precision
-from sample import Context, StreamingDecoder, decode_stream, denoise_block, prefetch, side_by_side, stream
+from sample import Context, Graphed, StreamingDecoder, block_by_block, compile_layers, decode_stream, prefetch, side_by_side, stream
+
+
+def unmeasured(device):
+    """How often something must have run before its time counts: on a GPU until it is recorded as a graph."""
+    return 4 if device.type == "cuda" else 1
 
 
 def medians(jobs, repeats, device):
-    """{name: function} -> {name: median milliseconds}: all in turns, after one round that does not count."""
+    """{name: function} -> {name: median milliseconds}: all in turns, after rounds that do not count."""
     taken = {name: [] for name in jobs}
-    for round_ in range(repeats + 1):
+    for round_ in range(unmeasured(device) + repeats):
         for name, job in jobs.items():
             synchronize(device)
             start = time.perf_counter()
             job()
             synchronize(device)
-            if round_:
+            if round_ >= unmeasured(device):
                 taken[name].append(1e3 * (time.perf_counter() - start))
     return {name: sorted(times)[len(times) // 2] for name, times in taken.items()}
 
@@ -44,6 +53,18 @@ def medians(jobs, repeats, device):
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def graphed(job):
+    """A job that returns a tensor, in a CUDA graph where there is a GPU to record it on."""
+    job_, nothing = Graphed(lambda state, x: (job(), state)), []
+    return lambda x: job_(nothing, x)
+
+
+def bandwidth(device, size=2 ** 30):
+    """Bytes a millisecond that a GPU's memory gives and takes, from a copy."""
+    x = torch.empty(size, dtype=torch.uint8, device=device)
+    return 2 * size / medians({"copy": x.clone}, 9, device)["copy"]
 
 
 def recorded(module, kinds, job):
@@ -60,8 +81,9 @@ def recorded(module, kinds, job):
 
 def block_floor(model, cond, context, steps):
     """A function of a block's matrix products and attentions alone."""
-    c, x = model.config, torch.randn(1, model.config.latent_channels, model.config.block).to(cond.tokens)
-    t, H, d = torch.tensor(0.5, device=x.device), model.config.heads, model.config.head_width
+    c, batch = model.config, len(cond.tokens)
+    x = torch.randn(batch, c.latent_channels, c.block).to(cond.tokens)
+    t, H, d = torch.tensor(0.5, device=x.device), c.heads, c.head_width
     context.append(x)
     kinds = nn.Linear, Int8Linear, PackedLinear
     passes = [recorded(model.dit.layers, kinds, lambda: context.predict(x, t)) for _ in range(2)]    # first step, later step
@@ -69,7 +91,7 @@ def block_floor(model, cond, context, steps):
     for calls in passes:
         n, cross = calls[0][1].shape[1], cond.tokens.shape[1]
         keys = n if not c.causal and n > c.block + 1 else c.context + n     # encoder-decoder: the first pass holds the context
-        attentions.append([(zeros(1, H, n, d), zeros(1, H, k, d)) for k in (keys, cross)])
+        attentions.append([(zeros(batch, H, n, d), zeros(batch, H, k, d)) for k in (keys, cross)])
     plain = {layer: nn.Linear(y.shape[-1], layer(y).shape[-1], layer.bias is not None).to(y)
              for layer, y in passes[1] if isinstance(layer, PackedLinear)}
     passes = [[(plain.get(layer, layer), y) for layer, y in calls] for calls in passes]
@@ -80,7 +102,8 @@ def block_floor(model, cond, context, steps):
                 layer(y)
             for _ in range(c.depth):
                 for q, k in attentions[min(step, 1)]:
-                    F.scaled_dot_product_attention(q, k, k)
+                    y = F.scaled_dot_product_attention(q, k, k)
+        return y
     return products
 
 
@@ -88,40 +111,43 @@ def decode_floor(autoencoder, latents):
     """A function of the decoder's convolutions alone, for these latents."""
     calls = recorded(autoencoder.decoder, (Conv1d, ConvTranspose1d), lambda: autoencoder.decode(latents))
     calls = [(conv, channels_last(x)) for conv, x in calls]
-    return lambda: [conv(x) for conv, x in calls]
+    return lambda: [conv(x) for conv, x in calls][-1]
 
 
-def row(preset, causal, steps, args, device, precision):
+def row(preset, causal, steps, batch, args, device, precision):
     """The figures of one line of the table, as a dictionary."""
     torch.manual_seed(args.seed)
     model = LMDM(replace(PRESETS[preset], causal=causal), stage="arc").requires_grad_(False).eval()
     to_precision(model.to(device), precision)
     c, block_seconds = model.config, model.config.block / model.config.frame_rate
-    text = ["moderate arpeggios"] if c.text == "words" else torch.randn(1, c.text_tokens, c.cond_width, device=device)
+    text = ["moderate arpeggios"] * batch if c.text == "words" else torch.randn(batch, c.text_tokens, c.cond_width, device=device)
     cond = model.conditioner(text, **c.stream_numbers)
-    latents = torch.randn(1, c.latent_channels, c.context, device=device)
+    latents = torch.randn(batch, c.latent_channels, c.context, device=device)
     block, levels = latents[..., :c.block], schedule(steps)[:-1].to(device)
-    window, memory, decoder = tuple(range(c.context_blocks)), model.dit.memory(cond), StreamingDecoder(model.autoencoder, args.compile)
-    context = Context(model, memory, latents)
-
-    def denoise():
-        context.append(denoise_block(context.predict, block, levels, "pingpong", c.objective, lambda: block))
-    cached = Context(model, memory, latents)
-    cached.predict(block, levels[0])                        # nothing pending any more: a later step
-    everything = {
-        "step": lambda: cached.predict(block, levels[0]),
-        "block": denoise,
-        "floor": block_floor(model, cond, Context(model, memory, latents), steps),
-        "outpaint": lambda: [model.dit.blocks(memory, block, t[None, None], (len(window),), latents, window) for t in levels],
+    window, memory = tuple(range(c.context_blocks)), model.dit.memory(cond)
+    floors = block_floor(model, cond, Context(model, memory, latents), steps), decode_floor(model.autoencoder, block)
+    if args.compile:
+        compile_layers(model)
+    decoder, noise = StreamingDecoder(model.autoencoder, args.compile), torch.stack([block] * steps)
+    make, cached = block_by_block(Context(model, memory, latents), levels, "pingpong"), Context(model, memory, latents)
+    cached.predict(block, levels[0])                        # nothing waits any more: a later step
+    step, floor, decode_floor_, outpaint, whole_ = map(graphed, (
+        lambda: cached.predict(block, levels[0]), *floors,
+        lambda: [model.dit.blocks(memory, block, t.expand(batch, 1), (len(window),), latents, window)[0] for t in levels][-1],
+        lambda: model.autoencoder.decode(block.repeat(1, 1, 8))))
+    times = medians({
+        "step": lambda: step(block),
+        "block": lambda: make(noise),
+        "floor": lambda: floor(block),
+        "outpaint": lambda: outpaint(block),
         "decode": lambda: decoder(block),
-        "decode floor": decode_floor(model.autoencoder, block),
-        "whole": lambda: model.autoencoder.decode(block.repeat(1, 1, 8)),
-    }
-    times = medians(everything, args.repeats, device)
-    times["whole"] /= 8
+        "decode floor": lambda: decode_floor_(block),
+        **({"whole": lambda: whole_(block)} if batch == 1 else {}),
+    }, args.repeats, device)
+    times["whole"] = times.get("whole", math.nan) / 8
 
-    threads, played, n = torch.get_num_threads(), [], args.repeats + 1
-    blocks = stream(model, cond, blocks=n, steps=steps, sampler="pingpong", cfg=1)
+    threads, played, before, n = torch.get_num_threads(), [], unmeasured(device), args.repeats
+    blocks = stream(model, cond, blocks=before + n, steps=steps, sampler="pingpong", cfg=1)
     if side_by_side(model, threads):                        # as sample.py does
         torch.set_num_threads((threads + 1) // 2)
         blocks = prefetch(blocks)
@@ -132,8 +158,14 @@ def row(preset, causal, steps, args, device, precision):
         audio.cpu()
         played.append(time.perf_counter() - start)
     torch.set_num_threads(threads)
-    played = played[:n]                                     # without the closing tail
-    return {**times, "x real time": block_seconds * (len(played) - 1) / (played[-1] - played[0]), "first": played[0]}
+    played = played[:before + n]                            # without the closing tail
+    trips = np.diff(played[before - 1:])
+    return {**times, "round trip": 1e3 * np.median(trips), "x real time": batch * block_seconds / trips.mean(), "first": played[0],
+            "weights": steps * size_of(model.dit.layers) + size_of(model.autoencoder.decoder)}
+
+
+def size_of(module):
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 @torch.no_grad()
@@ -142,6 +174,7 @@ def main():
     p.add_argument("--preset", nargs="+", choices=sorted(PRESETS), default=["nano"])
     p.add_argument("--regime", nargs="+", choices=("causal", "encdec"), default=["causal", "encdec"])
     p.add_argument("--steps", nargs="+", type=whole, default=[8, 4])
+    p.add_argument("--batch", nargs="+", type=whole, default=[1], help="streams at once")
     p.add_argument("--repeats", type=whole, default=5)
     p.add_argument("--precision", nargs="+", choices=PRECISIONS[1:], help="(default: float32, int8 on a CPU, and bf16 where the hardware has it)")
     p.add_argument("--seed", type=int, default=0)
@@ -157,13 +190,19 @@ def main():
     precisions = args.precision or ["float32"] + ["int8"] * (device.type == "cpu") + ["bf16"] * has_bf16(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     print(f"torch {torch.__version__}, {device.type} ({name}), {torch.get_num_threads()} threads, seed {args.seed}, medians of "
-          f"{args.repeats}, ms{', snakes compiled' * args.compile}")
-    columns = ("step", "block", "floor", "outpaint", "decode", "decode floor", "whole", "x real time", "first")
-    print(f"{'preset':10} {'regime':7} {'dtype':8} {'steps':>5}" + "".join(f" {name:>12}" for name in columns))
-    for preset, precision, regime, steps in itertools.product(args.preset, precisions, args.regime, args.steps):
-        figures = row(preset, regime == "causal", steps, args, device, precision)
-        print(f"{preset:10} {regime:7} {precision:8} {steps:5d}" + "".join(
-            f" {figures[name]:12.2f}" if name in ("x real time", "first") else f" {figures[name]:12.1f}" for name in columns), flush=True)
+          f"{args.repeats}, ms{', compiled' * args.compile}")
+    gpu = device.type == "cuda"
+    columns = ["step", "block", "floor", "outpaint", "decode", "decode floor", "whole", "round trip", "x real time", "first"] + ["weights"] * gpu
+    if gpu:
+        rate = bandwidth(device)
+        print(f"memory, reading and writing: {rate / 1e9:.2f} TB/s")
+    print(f"{'preset':10} {'regime':7} {'dtype':8} {'steps':>5} {'batch':>5}" + "".join(f" {name:>12}" for name in columns))
+    for preset, precision, regime, steps, batch in itertools.product(args.preset, precisions, args.regime, args.steps, args.batch):
+        figures = row(preset, regime == "causal", steps, batch, args, device, precision)
+        if gpu:
+            figures["weights"] /= rate
+        digits = lambda name: 2 if gpu or name in ("x real time", "first") else 1
+        print(f"{preset:10} {regime:7} {precision:8} {steps:5d} {batch:5d}" + "".join(f" {figures[name]:12.{digits(name)}f}" for name in columns), flush=True)
 
 
 if __name__ == "__main__":

@@ -317,6 +317,45 @@ def test_cache_does_not_grow():
     assert sizes[3:] == [(18, 1)] * 5
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_block_and_a_piece_are_functions_of_tensors(causal):
+    """What a CUDA graph is recorded of: all that changes is handed in and handed back, and nothing is written where it lies."""
+    model, noise = tiny(causal=causal), torch.randn(3, 2, 8, 6)
+    context = sample.Context(model, model.dit.memory(condition(model)), torch.zeros(2, 8, 0))
+    make, decoder = sample.block_by_block(context, LEVELS, "pingpong"), sample.StreamingDecoder(model.autoencoder)
+    for _ in range(3):
+        decoder(make(torch.randn(3, 2, 8, 6)))
+    state, kept = context.state, list(decoder.kept.values())
+    copies = [x.clone() for x in (*state, *kept, noise)]
+    made, audio, after = make(noise), decoder.piece(kept, noise[0])[0], context.state
+    context.state = state
+    assert torch.equal(made, make(noise)) and torch.equal(audio, decoder.piece(kept, noise[0])[0])
+    assert all(torch.equal(a, b) for a, b in zip(context.state, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(copies, (*state, *kept, noise), strict=True))
+    assert after[0] == state[0] + 6 and not any(torch.equal(a, b) for a, b in zip(state, after))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_graphs_play_what_the_network_plays(causal, cfg, monkeypatch):
+    """... on the GPU without a graph, and on the CPU; a new prompt is read, and the end, of another shape, is decoded too."""
+    model, recorded = tiny(causal=causal), []
+    def play(device):
+        model.to(device)
+        conds = condition(model), condition(model, "fast drums", "slow")
+        prompts = iter([None] * 6 + [conds[1]] + [None] * 5)
+        blocks = list(sample.stream(model, conds[0], blocks=12, steps=3, sampler="pingpong", cfg=cfg, change=lambda: next(prompts)))
+        return torch.cat([*blocks], -1).cpu(), torch.cat(list(sample.decode_stream(model.autoencoder, blocks)), -1).cpu()
+    on_cpu, record = play("cpu"), sample.Graphed.record
+    monkeypatch.setattr(sample.Graphed, "record", lambda self, *args: recorded.append(1) or record(self, *args))
+    graphed = play("cuda")
+    assert len(recorded) == 2                               # blocks, pieces
+    monkeypatch.setattr(sample.Graphed, "__call__", lambda self, state, *inputs: self.function(state, *inputs))
+    for made, plain, slow in zip(graphed, play("cuda"), on_cpu):
+        assert (made - plain).abs().max() < 1e-5 * plain.abs().max() and (made - slow).norm() < 1e-2 * slow.norm()
+
+
 def test_wrong_lengths_are_refused():
     model = tiny()
     with pytest.raises(ValueError, match="block is 6 frames"):
