@@ -28,7 +28,7 @@ from torch import nn
 from common import device_of, keep_memory, run, whole
 from model import LMDM, PRESETS, Conv1d, ConvTranspose1d, channels_last, schedule
 from precision import PRECISIONS, Int8Linear, PackedLinear, has_bf16, to_precision
-from sample import Context, Graphed, StreamingDecoder, block_by_block, compile_layers, decode_stream, prefetch, side_by_side, stream
+from sample import Context, Graphed, StreamingDecoder, as_it_is, block_by_block, compile_layers, decode_stream, pcm, prefetch, side_by_side, stream
 
 
 def unmeasured(device):
@@ -125,37 +125,35 @@ def row(preset, causal, steps, batch, args, device, precision):
     latents = torch.randn(batch, c.latent_channels, c.context, device=device)
     block, levels = latents[..., :c.block], schedule(steps)[:-1].to(device)
     window, memory = tuple(range(c.context_blocks)), model.dit.memory(cond)
-    floors = block_floor(model, cond, Context(model, memory, latents), steps), decode_floor(model.autoencoder, block)
+    one = batch == 1
+    floors = (block_floor(model, cond, Context(model, memory, latents), steps), decode_floor(model.autoencoder, block)) if one else (None, None)
     if args.compile:
         compile_layers(model)
     decoder, noise = StreamingDecoder(model.autoencoder, args.compile), torch.stack([block] * steps)
     make, cached = block_by_block(Context(model, memory, latents), levels, "pingpong"), Context(model, memory, latents)
-    cached.predict(block, levels[0])                        # nothing waits any more: a later step
+    with as_it_is():
+        cached.predict(block, levels[0])                    # nothing waits any more: a later step
     step, floor, decode_floor_, outpaint, whole_ = map(graphed, (
         lambda: cached.predict(block, levels[0]), *floors,
         lambda: [model.dit.blocks(memory, block, t.expand(batch, 1), (len(window),), latents, window)[0] for t in levels][-1],
         lambda: model.autoencoder.decode(block.repeat(1, 1, 8))))
-    times = medians({
-        "step": lambda: step(block),
-        "block": lambda: make(noise),
-        "floor": lambda: floor(block),
-        "outpaint": lambda: outpaint(block),
-        "decode": lambda: decoder(block),
-        "decode floor": lambda: decode_floor_(block),
-        **({"whole": lambda: whole_(block)} if batch == 1 else {}),
-    }, args.repeats, device)
-    times["whole"] = times.get("whole", math.nan) / 8
+    ours = {"step": lambda: step(block), "block": lambda: make(noise), "decode": lambda: decoder(block)}
+    beside = {"floor": lambda: floor(block), "outpaint": lambda: outpaint(block), "decode floor": lambda: decode_floor_(block),
+              "whole": lambda: whole_(block)}
+    times = dict.fromkeys(beside, math.nan) | medians(ours | beside if one else ours, args.repeats, device)
+    times["whole"] /= 8
 
     threads, played, before, n = torch.get_num_threads(), [], unmeasured(device), args.repeats
     blocks = stream(model, cond, blocks=before + n, steps=steps, sampler="pingpong", cfg=1)
     if side_by_side(model, threads):                        # as sample.py does
         torch.set_num_threads((threads + 1) // 2)
         blocks = prefetch(blocks)
-    if args.compile:                                        # again, where the number of threads has changed
+    if args.compile and device.type == "cpu":               # again, where the number of threads has changed
         StreamingDecoder(model.autoencoder, args.compile)(block)
     start = time.perf_counter()
     for audio in decode_stream(model.autoencoder, blocks, args.compile):
-        audio.cpu()
+        for item in audio.split(1):
+            pcm(item)
         played.append(time.perf_counter() - start)
     torch.set_num_threads(threads)
     played = played[:before + n]                            # without the closing tail

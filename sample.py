@@ -39,6 +39,11 @@ DEFAULTS = {                                                # by the stage recor
 
 
 # ------------------------------------------------------------------------------------------------ one block after another
+def as_it_is():
+    """Nothing is compiled for what is run here: for shapes that come once it would take longer than they do."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+
+
 class Context:
     """The finished blocks that the next block sees, with their keys and values: the KV cache.
 
@@ -56,8 +61,9 @@ class Context:
         self.finished = prime[..., :0]                      # latents, the last `keep` frames
         blocks = list(prime.split(c.block, dim=-1)) if prime.shape[-1] else []
         zeros = prime.new_zeros(*prime.shape[:-1], c.block)
-        for block in [zeros] * (c.context_blocks - len(blocks)) + blocks:
-            self.append(block)
+        with as_it_is():
+            for block in [zeros] * (c.context_blocks - len(blocks)) + blocks:
+                self.append(block)
 
     @torch.no_grad()
     def append(self, block):
@@ -159,7 +165,7 @@ def with_guidance(predict, cfg):
 class Graphed:
     """function(state, *inputs) -> (result, new state), a function of tensors alone. On a GPU, once it has met the same shapes
     twice, it is recorded as a CUDA graph, and then all its kernels start with one call: Python would take longer than they do.
-    What is compiled is compiled for these shapes alone.
+    Only for these shapes is anything compiled.
 
     state: a list of tensors, which from then on stay where the graph keeps them. An input is read again if it is another
     tensor than the last time, not if its values have changed."""
@@ -175,7 +181,7 @@ class Graphed:
             return self.function(state, *inputs)
         if shapes != self.shapes:
             self.graph, self.shapes = None, shapes
-            with torch.compiler.set_stance("force_eager"):
+            with as_it_is():
                 return self.function(state, *inputs)
         if self.graph is None:
             self.record(tensors, len(state))
