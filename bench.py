@@ -200,7 +200,8 @@ def main():
         if gpu:
             figures["weights"] /= rate
         digits = lambda name: 2 if gpu or name in ("x real time", "first") else 1
-        print(f"{preset:10} {regime:7} {precision:8} {steps:5d} {batch:5d}" + "".join(f" {figures[name]:12.{digits(name)}f}" for name in columns), flush=True)
+        print(f"{preset:10} {regime:7} {precision:8} {steps:5d} {batch:5d}" +
+              "".join(f" {figures[name]:12.{digits(name)}f}" for name in columns), flush=True)
 
 
 if __name__ == "__main__":

@@ -530,7 +530,7 @@ def parse(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: int8 where CPU and checkpoint suit it, else bf16 where it is faster")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
-    p.add_argument("--compile", action="store_true", help="compile part of the decoder, on a GPU the transformer too: 20 s and more before the first block, then faster")
+    p.add_argument("--compile", action="store_true", help="compile part of the decoder, 20 s more before the first block, then faster; on a GPU also the transformer, a minute")
     return p.parse_args(argv)
 
 
@@ -636,6 +636,12 @@ def audio_of(model, args, samples, together):
     return pieces, f"{prompt!r}: blocks of {c.block / c.frame_rate:.2f} s seeing {c.context / c.frame_rate:.2f} s, {plan}"
 
 
+def held_back(pieces, n):
+    """The same, but the first n are made before one is given: nobody should listen while a GPU's code is compiled."""
+    yield from list(itertools.islice(pieces, n))
+    yield from pieces
+
+
 def drop(pieces, samples):
     for piece in pieces:
         yield piece[..., samples:]
@@ -661,7 +667,7 @@ def main():
     say(f"{path}: {model.stage}, {'block-causal' if c.causal else 'encoder-decoder'}, DiT "
         f"{parameters / 1e6:.1f} M, {args.device}, {threads} threads, {precision}")
     if args.compile:
-        say("compiling: the first blocks take 20 s and more longer")
+        say(f"compiling: the first audio takes {'20 to 30 s' if device.type == 'cpu' else 'about a minute'} longer")
         compile_layers(model)
     pieces, plan = audio_of(model, args, samples, together)
     say(plan + "; type a prompt and press Enter" * args.live)
@@ -671,7 +677,7 @@ def main():
                bar_format="{l_bar}{bar}| {n:.0f} s, {rate_fmt}")
     try:
         with contextlib.closing(writer), contextlib.closing(pieces), contextlib.closing(bar):     # Ctrl-C too: what was made is kept
-            for audio in pieces:
+            for audio in held_back(pieces, 4 if args.compile and device.type == "cuda" else 0):     # the third is recorded
                 audio = audio if samples is None else audio[..., :samples - written]
                 if not audio.shape[-1]:
                     continue
