@@ -90,10 +90,11 @@ class Context:
         batch, block = len(self.memory.global_), self.model.config.block
         copies = lambda y: y if y is None or len(y) == batch else y.repeat(batch // len(y), 1, 1)   # guidance: 2
         t = None if t is None else t.expand(batch, 1)
-        clean = self.finished if self.waiting else None
-        n, old = (0 if y is None else y.shape[-1] // block for y in (clean, self.kv and self.kv[0][0].mT))
-        v, new = self.model.dit.blocks(self.memory, copies(x), t, () if x is None else (0,), copies(clean), tuple(range(-n, 0)),
-                                       self.kv, tuple(range(-n - old, -n)), self.start)     # numbered from the next block
+        n = self.finished.shape[-1] // block if self.waiting else 0
+        cached = self.kv[0][0].shape[2] // block if self.kv else 0
+        v, new = self.model.dit.blocks(self.memory, copies(x), t, () if x is None else (0,),        # numbered from the next block
+                                       copies(self.finished) if n else None, tuple(range(-n, 0)),
+                                       self.kv, tuple(range(-n - cached, -n)), self.start)
         return None if v is None else v.float(), new        # in bf16 the network runs, not the sampler
 
     def store(self, new):
@@ -342,6 +343,7 @@ class StreamingDecoder:
         if compile and device == "cpu":
             self.snake = fused_snake(device, self.dtype)
         elif compile:                                       # all but the convolutions, in as few passes over memory as can be
+            fused_snake(device, self.dtype)                 # raises now what the third block would
             self.graphed, self.snake = Graphed(torch.compile(self.piece, dynamic=False)), plain_snake
         # values between two layers: in bf16 a CPU multiplies so fast that they should stay in its caches; in float32 it did not matter
         self.most = 2 ** 21 if device == "cpu" and self.dtype == torch.bfloat16 else math.inf

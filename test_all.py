@@ -318,21 +318,27 @@ def test_cache_does_not_grow():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_block_and_a_piece_are_functions_of_tensors(causal):
+def test_a_block_and_a_piece_are_functions_of_tensors(causal, monkeypatch):
     """What a CUDA graph is recorded of: all that changes is handed in and handed back, and nothing is written where it lies."""
-    model, noise = tiny(causal=causal), torch.randn(3, 2, 8, 6)
+    model, noise, functions = tiny(causal=causal), torch.randn(3, 2, 8, 6), []
+    monkeypatch.setattr(sample, "Graphed", lambda function: functions.append(function) or function)
     context = sample.Context(model, model.dit.memory(condition(model)), torch.zeros(2, 8, 0))
     make, decoder = sample.block_by_block(context, LEVELS, "pingpong"), sample.StreamingDecoder(model.autoencoder)
     for _ in range(3):
         decoder(make(torch.randn(3, 2, 8, 6)))
-    state, kept = context.state, list(decoder.kept.values())
-    copies = [x.clone() for x in (*state, *kept, noise)]
-    made, audio, after = make(noise), decoder.piece(kept, noise[0])[0], context.state
-    context.state = state
-    assert torch.equal(made, make(noise)) and torch.equal(audio, decoder.piece(kept, noise[0])[0])
-    assert all(torch.equal(a, b) for a, b in zip(context.state, after, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(copies, (*state, *kept, noise), strict=True))
-    assert after[0] == state[0] + 6 and not any(torch.equal(a, b) for a, b in zip(state, after))
+    before, prompt = context.memory.tensors(), model.dit.memory(condition(model, "fast", "loud drums")).tensors()
+    given = [context.state, noise, *prompt], [list(decoder.kept.values()), noise[0]]
+    assert not torch.equal(functions[0](context.state, noise, *before)[0], functions[0](*given[0])[0])
+    flat = lambda args: [*args[0], *args[1:]]
+    copies = [[y.clone() for y in flat(args)] for args in given]
+    for function, args, before in zip(functions, given, copies):
+        made, after = function(*args)
+        for _ in range(2):                                  # now it has been elsewhere
+            decoder(make(torch.randn(3, 2, 8, 6)))
+        again, after2 = function(*args)
+        assert torch.equal(made, again) and all(torch.equal(a, b) for a, b in zip(after, after2, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(before, flat(args), strict=True))
+        assert [y.shape for y in after] == [y.shape for y in args[0]] and not any(torch.equal(a, b) for a, b in zip(after, before))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
