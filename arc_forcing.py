@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from common import UserError, check_streams, load, read_checkpoint, return_memory, run, save, whole, writable
+from common import UserError, check_streams, load, random_seed, read_checkpoint, return_memory, run, save, whole, writable
 from finetune import (Log, average_gradients, condition, encode_texts, micro_rows, missing_context, parse, peak_memory, prepare_once,
                       render_sample, start_processes)
 from model import Conditioner, Config, DiT, add_noise, alpha_sigma, denoise, noise_level, schedule, shift_time, velocity
@@ -241,7 +241,7 @@ def parser():
     p.add_argument("--lr", type=float, default=1e-6, help="of G")
     p.add_argument("--d-lr", type=float, default=1e-6, help="of D")
     p.add_argument("--clip", type=float, default=1.0, help="gradient norm")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=random_seed, default=0)
     # before the game
     p.add_argument("--d-warmup", type=int, default=500, help="steps of flow matching for D")
     p.add_argument("--g-warmup", type=int, default=0, help="steps of G on the finetuned model's own trajectories")
@@ -309,6 +309,8 @@ def main():
         fill_in(args)
     elif "discriminator" not in saved:
         raise UserError(f"{args.out} holds no ARC-Forcing to resume")
+    if args.g_warmup and Path(args.init).resolve() == Path(args.out).resolve():
+        raise UserError(f"--out {args.out} would overwrite the warm-up's teacher, --init: name another")
     writable(args.out)
     torch.set_flush_denormal(True)
     if args.threads:
@@ -330,7 +332,7 @@ def main():
     dataset = prepare_once(args.data, model, device, rank, world)
     texts = encode_texts(model, dataset.tracks)
     critic_texts = texts if base is model else encode_texts(base, dataset.tracks)
-    prompt = (dataset.validation or dataset.train)[0].prompt
+    prompt = dataset.train[0].prompt                        # whose words it learns
     del base
     model.to(device).requires_grad_(False)
     critic.to(device)
@@ -353,7 +355,7 @@ def main():
     teacher = None
     if done["warm G"] < args.g_warmup:
         teacher = load(args.init).to(device).requires_grad_(False)
-        path = sampling_settings(teacher, args.teacher_steps, "euler", args.teacher_cfg)
+        teaching = sampling_settings(teacher, args.teacher_steps, "euler", args.teacher_cfg)
     log = Log(Path(args.out).with_suffix(".csv"), ("step", "phase", "loss", "contrastive", "real", "fake", "wrong", "spread", "gradient",
                                                    "seconds"), sum(done.values())) if not rank else None
     million = lambda parameters: f"{sum(p.numel() for p in parameters) / 1e6:.1f} M"
@@ -403,12 +405,12 @@ def main():
                 if phase == "warm G":
                     if on_policy:                           # what G's own playing leads to, and music never does
                         with precision():
-                            played, _ = rollout(model, memory, prime, levels, [args.most] * OWN_BLOCKS, draw, "dpmpp")
+                            played, _ = rollout(model, memory, prime, levels, [args.most] * OWN_BLOCKS, draw, "dpmpp")   # no noise of its own
                         prime = torch.cat([prime, played], dim=-1)[..., -c.context:]
                         moved.update(zip(items, zip(prime.cpu(), prompts)))
                     with precision(), torch.no_grad():
                         cond = condition(teacher, texts, prompts, device)
-                        points, end = trajectory(teacher, cond, prime, schedule(path["steps"])[:-1].to(device), path["cfg"], draw)
+                        points, end = trajectory(teacher, cond, prime, schedule(teaching["steps"])[:-1].to(device), teaching["cfg"], draw)
                         context = Context(model, memory, prime)
                     chosen = b.rng.permutation(len(points))[:args.most]
                     for i in chosen:
@@ -422,10 +424,10 @@ def main():
                 # --- the game: both are judged at the same level, under the same noise
                 with precision():
                     fake, last = rollout(model, memory, prime, levels, b.ks, draw)
-                t, here = noise_level(uniform), music[:, None, c.context:]
+                t, judged = noise_level(uniform), music[:, None, c.context:]
                 weights = critic.weights(music, c.context)
                 def score(x, cond):
-                    x = torch.cat([prime, x * here], dim=-1)
+                    x = torch.cat([prime, x * judged], dim=-1)
                     return critic(add_noise(x, noise, t[:, None, None], critic.config.objective), t, cond, c.context, args.remat)
                 with precision():
                     told = condition(critic, critic_texts, b.prompts, device, frames=frames)
@@ -439,11 +441,11 @@ def main():
                     gradient, = torch.autograd.grad(losses.sum() * share, fake)
                     replay(model, memory, prime, fake.detach(), last, gradient, precision)
                 else:
-                    differs = torch.tensor([a != b_ for a, b_ in zip(b.prompts, b.others)], device=device).float()
+                    differs = torch.tensor([mine != other for mine, other in zip(b.prompts, b.others)], device=device).float()
                     losses, contrastive = discriminator_loss(d_real, d_fake, weights), contrastive_loss(d_real, d_wrong, weights, differs)
                     ((losses + CONTRAST * contrastive).sum() * share).backward()
                     add(contrastive=contrastive, wrong=weights * d_wrong)
-                add(loss=losses, real=weights * d_real, fake=weights * d_fake, fake_std=(fake * here).std((1, 2)), real_std=real.std((1, 2)))
+                add(loss=losses, real=weights * d_real, fake=weights * d_fake, fake_std=(fake * judged).std((1, 2)), real_std=real.std((1, 2)))
 
             # --- the phase's one update
             optimizer, trained = optimizers[phase], players[phase]
@@ -456,7 +458,6 @@ def main():
             done[phase] += 1
             if moved:
                 streams.update(of_all(moved, world))
-            spent[phase].append(time.time() - begun)
             step, game = sum(done.values()), done["D"] + done["G"]
             if phase.startswith("warm") and next_phase(done, args) != phase:
                 optimizer.state.clear()                     # it has served: twice the weights' memory
@@ -467,6 +468,7 @@ def main():
 
             # --- log, warning, checkpoint, sample
             sums = {name: value / args.batch for name, value in over_processes(sums, world).items()}
+            spent[phase].append(time.time() - begun)        # a GPU has been waited for
             if phase in ("D", "G"):
                 sums["spread"] = sums.pop("fake_std") / max(1e-6, sums.pop("real_std"))     # 1e-6: silence
                 recent.append((sums["real"] - sums["fake"], sums["spread"]))
@@ -493,7 +495,7 @@ def main():
         bar.close()
         if world > 1:
             dist.destroy_process_group()
-    say(", ".join(f"{np.mean(seconds):.2f} s a step of {phase}" for phase, seconds in spent.items() if seconds) + f", {peak_memory(device)}")
+    say(", ".join([*(f"{np.mean(seconds):.2f} s a step of {phase}" for phase, seconds in spent.items() if seconds), peak_memory(device)]))
     say(f"-> {args.out}; hear it with: python sample.py --ckpt {args.out} > out.wav")
 
 

@@ -9,8 +9,9 @@ the cache included; floor: the block's matrix products and attentions alone, as 
 block can be faster: large weights lie in another order for it); outpaint: the same network over the whole window at every
 step, which is what outpainting does; decode: the block to audio, streaming; its floor: the decoder's convolutions alone, as
 the library has them; whole: the share of a block where eight are decoded at once. Then everything as `sample.py` plays it:
-round trip, from noise drawn on the host to audio on the host, of the whole batch; times real time, the batch's together; and
-seconds from the start of the stream to its first audio. On a GPU everything is recorded as CUDA graphs, the floors too, and
+round trip, from noise drawn on the host to audio on the host, of the whole batch (where a CPU decodes one block while it
+makes the next, the time between two); times real time, the batch's together; and seconds from the start of the stream to its
+first audio, which on a GPU `sample.py --compile` holds back. There everything is recorded as CUDA graphs, the floors too, and
 weights says how long a block's weights take to come from its memory: the DiT's at every step, the decoder's once.
 """
 import argparse
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import device_of, keep_memory, run, whole
+from common import device_of, keep_memory, random_seed, run, whole
 from model import LMDM, PRESETS, Conv1d, ConvTranspose1d, channels_last, schedule
 from precision import PRECISIONS, Int8Linear, PackedLinear, has_bf16, to_precision
 from sample import Context, Graphed, StreamingDecoder, as_it_is, block_by_block, compile_layers, decode_stream, pcm, prefetch, side_by_side, stream
@@ -159,7 +160,8 @@ def row(preset, causal, steps, batch, args, device, precision):
     played = played[:before + n]                            # without the closing tail
     trips = np.diff(played[before - 1:])
     return {**times, "round trip": 1e3 * np.median(trips), "x real time": batch * block_seconds / trips.mean(), "first": played[0],
-            "weights": steps * size_of(model.dit.layers) + size_of(model.autoencoder.decoder)}
+            "weights": steps * sum(size_of(layer) - size_of(layer.cross_attention.kv) for layer in model.dit.layers)
+                       + size_of(model.autoencoder.decoder)}
 
 
 def size_of(module):
@@ -175,7 +177,7 @@ def main():
     p.add_argument("--batch", nargs="+", type=whole, default=[1], help="streams at once")
     p.add_argument("--repeats", type=whole, default=5)
     p.add_argument("--precision", nargs="+", choices=PRECISIONS[1:], help="(default: float32, int8 on a CPU, and bf16 where the hardware has it)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=random_seed, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
     p.add_argument("--compile", action="store_true", help="as sample.py's")

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import sys
+from glob import escape
 from pathlib import Path
 
 import torch
@@ -44,6 +45,8 @@ def save_whole(content, path):
     path = writable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for killed in path.parent.glob(f"{escape(path.name)}.*.part"):
+            killed.unlink(missing_ok=True)
         write_whole(path, lambda file: torch.save(content, file))
     except (OSError, RuntimeError) as error:                # a full disk
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0][:100]}") from None
@@ -55,7 +58,8 @@ def save(model, path, step=0, made="", dtype=None, **extra):
     Raises UserError where it cannot be written, and for weights that are not finite: the file of before is worth more."""
     # only matrices are rounded: vectors (norms, frequencies, biases) are small and sensitive
     weights = {k: v.to("cpu", dtype if dtype and v.ndim > 1 else v.dtype) for k, v in model.state_dict().items()}
-    if not all(v.isfinite().all() for v in weights.values()):
+    judge = extra.get("discriminator", {}).get("weights", {})
+    if not all(v.isfinite().all() for v in (*weights.values(), *judge.values())):
         raise UserError(f"not written: the weights are no longer finite (a lower --lr?); what {path} held before is still there")
     save_whole({"config": model.config.to_dict(), "weights": weights, "stage": model.stage, "sampling": model.sampling,
                 "step": step, "made": made, **extra}, path)
@@ -66,7 +70,7 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=os.name != "nt")       # which replaces no file that is mapped
     except Exception as error:
         raise UserError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:100]})") from None
     if not isinstance(saved, dict) or not {"config", "weights", "stage"} <= set(saved):
@@ -164,6 +168,13 @@ def whole(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def random_seed(text):
+    value = int(text)
+    if not 0 <= value < 2 ** 64:                            # what random number generators take
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^64 - 1")
     return value
 
 

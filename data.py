@@ -199,12 +199,24 @@ def encode_chunks(autoencoder, config, audio_chunks):
             yield latents[:, left // config.hop:(left + keep) // config.hop].float().cpu()
 
 
-def encode_file(model, file):
-    """File -> latents (C, T) float32 on the CPU. UserError when it is unreadable or shorter than a frame."""
-    latents = list(encode_chunks(model.autoencoder, model.config, read_audio(file, model.config)))
+def last_samples(chunks, hop, frames):
+    """Of a stream of tensors (2, n) the end, from the start of a frame on, with at most `frames` whole ones."""
+    end = torch.empty(0)
+    for chunk in chunks:
+        end = torch.cat([end, chunk], dim=-1) if len(end) else chunk
+        end = end[:, max(0, end.shape[-1] // hop - frames) * hop:]
+    return end
+
+
+def encode_file(model, file, last=None):
+    """File -> latents (C, T) float32 on the CPU, or only the `last` frames. UserError when it is unreadable or shorter than a frame."""
+    c, chunks = model.config, read_audio(file, model.config)
+    if last:
+        chunks = [last_samples(chunks, c.hop, last + c.encoder_margin)]     # the last frames hear so much before them
+    latents = list(encode_chunks(model.autoencoder, c, chunks))
     if not latents:
         raise UserError(f"{file}: too short, less than one latent frame")
-    return torch.cat(latents, dim=1)
+    return torch.cat(latents, dim=1)[:, -(last or 0):]
 
 
 def at_least_a_block(file, chunks, config):

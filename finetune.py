@@ -24,7 +24,7 @@ from torch.quasirandom import SobolEngine
 from tqdm import tqdm
 
 import data
-from common import UserError, device_of, keep_memory, load, read_checkpoint, run, save, whole, writable
+from common import UserError, device_of, keep_memory, load, random_seed, read_checkpoint, run, save, whole, writable
 from model import LMDM, PRESETS, Cond, add_noise, shift_time, velocity, words_of
 from precision import choose_precision, precision_of
 from sample import WavWriter, decode_stream, pcm, prefetch, stream
@@ -116,13 +116,13 @@ def condition(model, texts, prompts, device, kept=None, frames=None):
 # ------------------------------------------------------------------------------------------------ machine
 def start_processes(device):
     """(rank, world, device) of this process: torchrun's, or the only one. Raises UserError."""
-    device = device_of(device)
     if "RANK" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda":
+        return 0, 1, device_of(device)
+    if device.startswith("cuda"):
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
             raise UserError(f"more processes than GPUs: --nproc_per_node={torch.cuda.device_count()}, or --device cpu")
-        device = device_of(f"cuda:{os.environ['LOCAL_RANK']}")
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = device_of(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))    # one may encode for hours
     return dist.get_rank(), dist.get_world_size(), device
 
@@ -224,7 +224,7 @@ def parser():
     p.add_argument("--lr-end", type=float, help="cosine to this at the last step (default: constant)")
     p.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
     p.add_argument("--clip", type=float, default=1.0, help="gradient norm")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=random_seed, default=0)
     # reports
     p.add_argument("--every", type=whole, default=250, help="steps between validation, checkpoint and log row")
     p.add_argument("--validation-crops", type=whole, default=32)
@@ -233,7 +233,7 @@ def parser():
     # machine
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto")
-    p.add_argument("--remat", action=argparse.BooleanOptionalAction, default=False, help="activation checkpointing: less memory, a third slower")
+    p.add_argument("--remat", action=argparse.BooleanOptionalAction, default=False, help="activation checkpointing: less memory, slower")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
     return p
 
@@ -245,7 +245,7 @@ def parse(p):
         saved = read_checkpoint(args.out)
         if "args" not in saved:
             raise UserError(f"{args.out} holds no training to resume")
-        p.set_defaults(**saved["args"])
+        p.set_defaults(**{**saved["args"], "out": args.out})    # which may have been moved
         args = p.parse_args()
     return args, saved
 
@@ -296,7 +296,7 @@ def main():
 
     dataset = prepare_once(args.data, model, device, rank, world)
     texts = encode_texts(model, dataset.tracks)
-    model.sampling["prompt"] = (dataset.validation or dataset.train)[0].prompt
+    model.sampling["prompt"] = dataset.train[0].prompt      # whose words it learns
     if c.text == "words":
         model.sampling["words"] = sorted({*model.sampling.get("words", []), *(w for track in dataset.train for w in words_of(track.prompt))})
     model.to(device).requires_grad_(False)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import data
 from common import UserError, check_streams, default_checkpoint, device_of, keep_memory, load, run, whole, writable
 from precision import PRECISIONS, to_precision
-from sample import SAMPLERS, decode_stream, pcm, sampling_settings, stream
+from sample import SAMPLERS, decode_stream, known_words, pcm, sampling_settings, stream
 
 HOP = 512                                                   # samples between frames of the figures below
 
@@ -256,7 +256,8 @@ def main():
     model = load(path).to(device_of(args.device))
     check_streams(path, model.stage)
     dataset = data.prepare(args.data, model, device=args.device)    # the training's own split
-    prompts, precision = [track.prompt for track in dataset.validation], to_precision(model, args.precision)
+    prompts = [known_words(model, track.prompt)[0] for track in dataset.validation]
+    precision = to_precision(model, args.precision)
     print(f"{path}: {model.stage}, {sampling_settings(model, args.steps, args.sampler, args.cfg)}, {precision}", file=sys.stderr)
     with torch.no_grad():
         (drift if args.drift else sound)(model, dataset, prompts, args)

@@ -39,7 +39,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchaudio.functional import melscale_fbanks
 
-from common import UserError, keep_memory, load, read_checkpoint, run, save, save_whole, writable
+from common import UserError, keep_memory, load, random_seed, read_checkpoint, run, save, save_whole, writable
 from data import audio_files, read_audio, split
 from finetune import average_gradients, micro_rows, start_processes
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta
@@ -487,7 +487,7 @@ def main():
     s.add_argument("--noise", type=float, default=0.25, help="most noise on latents: the DiT's are never quite clean")
     s.add_argument("--adversary", type=float, default=0.0, help="weight of an adversarial loss")
     s.add_argument("--every", type=int, default=250, help="steps between validation and checkpoint")
-    s.add_argument("--seed", type=int, default=0)
+    s.add_argument("--seed", type=random_seed, default=0)
     s.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     s.add_argument("--threads", type=int, default=2)
     s.set_defaults(run=train_autoencoder)

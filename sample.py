@@ -15,6 +15,7 @@ import select
 import struct
 import sys
 import time
+import weakref
 from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import UserError, default_checkpoint, device_of, discard_output, keep_memory, load, positive, run, whole
+from common import UserError, default_checkpoint, device_of, discard_output, keep_memory, load, positive, random_seed, run, whole
 from model import Cond, Conv1d, ConvTranspose1d, Memory, ResidualUnit, add_noise, alpha_sigma, denoise, schedule, words_of
 from precision import PRECISIONS, packs, to_precision
 from stable_audio_port import load_prompts
@@ -55,10 +56,10 @@ class Context:
         """prime: latents (B, C, whole blocks, possibly none); first: number of the first context block."""
         self.model, self.memory, self.use_cache, c = model, memory, use_cache, model.config
         self.grows = use_cache and c.causal                 # block by block, because finished blocks never look ahead
-        self.keep = c.block * (1 if self.grows else c.context_blocks if use_cache else c.reach_blocks)
+        self.most = c.block * (1 if self.grows else c.context_blocks if use_cache else c.reach_blocks)
         self.start = torch.tensor(first * c.block, device=prime.device)     # the next block's first frame
         self.kv, self.waiting = None, False                 # per layer (k, v); are the finished latents not cached yet?
-        self.finished = prime[..., :0]                      # latents, the last `keep` frames
+        self.finished = prime[..., :0]                      # latents, the last `most` frames
         blocks = list(prime.split(c.block, dim=-1)) if prime.shape[-1] else []
         zeros = prime.new_zeros(*prime.shape[:-1], c.block)
         with as_it_is():
@@ -70,7 +71,7 @@ class Context:
         """A block (B, C, block) is finished."""
         if self.waiting and self.grows:
             self.fill()                                     # only while priming: a denoised block has filled it already
-        self.finished = torch.cat([self.finished, block.detach()], dim=-1)[..., -self.keep:]
+        self.finished = torch.cat([self.finished, block.detach()], dim=-1)[..., -self.most:]
         self.start, self.waiting = self.start + self.model.config.block, True
         if not self.grows:
             self.kv = None
@@ -194,12 +195,13 @@ class Graphed:
         return self.result.clone(), self.tensors[:len(state)]
 
     def record(self, tensors, n):
-        self.tensors, self.seen, self.graph = [x.clone() for x in tensors], tensors[:], torch.cuda.CUDAGraph()
+        self.tensors, self.seen, graph = [x.clone() for x in tensors], tensors[:], torch.cuda.CUDAGraph()
         self.function(self.tensors[:n], *self.tensors[n:])  # compiles, and chooses the convolutions' algorithms
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.result, new = self.function(self.tensors[:n], *self.tensors[n:])
             for kept, x in zip(self.tensors, new):
                 kept.copy_(x)
+        self.graph = graph                                  # only once it is whole
 
 
 def block_by_block(context, levels, sampler, cfg=1.0):
@@ -207,7 +209,7 @@ def block_by_block(context, levels, sampler, cfg=1.0):
     one for each level where the sampler is "pingpong", else one. Nothing in it waits for a GPU."""
     predict, objective = with_guidance(context.predict, cfg), context.model.config.objective
 
-    def following(state, noise, *memory):
+    def following(state, noise, *memory):                   # `context` is where it works: what it needs of it is handed in
         context.state, context.memory, (x, *rest) = state, Memory.of(memory), noise
         x = denoise_block(predict, x, levels, sampler, objective, iter(rest).__next__)
         context.append(x)
@@ -332,19 +334,21 @@ class StreamingDecoder:
 
     A convolution that looks ahead gives its output that much later; what its padding is to a whole, zeros at the start
     and the end are to a stream. So all pieces together equal decoding everything at once. Has its own copy of the weights.
-    compile: the snakes; on a GPU everything."""
+    compile: the snakes; on a GPU all but the convolutions."""
 
     @torch.no_grad()
     def __init__(self, autoencoder, compile=False):
-        self.layers, self.kept, self.places = autoencoder.decoder, {}, []      # what layers keep; those layers
+        self.layers, self.kept, self.places = autoencoder.decoder, {}, []      # what layers keep; those layers, in order
         self.unpadded = {layer: Unpadded(layer) for layer in self.layers.modules() if isinstance(layer, (Conv1d, ConvTranspose1d))}
         self.dtype, device = self.layers[0].weight.dtype, self.layers[0].weight.device.type
-        self.graphed, self.snake = Graphed(self.piece), lambda layer, x, out: layer(x, out=out)
+        me, piece, self.snake = weakref.ref(self), StreamingDecoder.piece, lambda layer, x, out: layer(x, out=out)
         if compile and device == "cpu":
             self.snake = fused_snake(device, self.dtype)
-        elif compile:                                       # all but the convolutions, in as few passes over memory as can be
+        elif compile:                                       # in as few passes over memory as can be
             fused_snake(device, self.dtype)                 # raises now what the third block would
-            self.graphed, self.snake = Graphed(torch.compile(self.piece, dynamic=False)), plain_snake
+            piece, self.snake = torch.compile(piece, dynamic=False), plain_snake
+        # not self.piece: in a circle of references the copy of the weights would outlive the decoder
+        self.graphed = Graphed(lambda *args: piece(me(), *args))
         # values between two layers: in bf16 a CPU multiplies so fast that they should stay in its caches; in float32 it did not matter
         self.most = 2 ** 21 if device == "cpu" and self.dtype == torch.bfloat16 else math.inf
 
@@ -416,7 +420,7 @@ class StreamingDecoder:
 
 
 def decode_stream(autoencoder, latent_blocks, compile=False):
-    """Latent blocks (B, C, n) -> audio pieces (B, 2, m), together equal to decoding everything at once. compile: the snakes.
+    """Latent blocks (B, C, n) -> audio pieces (B, 2, m), together equal to decoding everything at once. compile: see `StreamingDecoder`.
 
     A piece is what its block settles; the rest, for which the decoder must know what follows, comes with the next."""
     decoder = StreamingDecoder(autoencoder, compile)        # at the call, so that its UserError comes before any output is opened
@@ -523,7 +527,7 @@ def parse(argv=None):
     p.add_argument("--live", action="store_true", help="each line typed while a player plays is the prompt from the next block on (not on Windows)")
     p.add_argument("--out", help=".wav or .flac instead of standard output")
     # sampling
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=random_seed, default=0)
     p.add_argument("--steps", type=whole, help="denoising steps per block (default: the checkpoint's)")
     p.add_argument("--cfg", type=float, help="guidance, 1 for none (default: the checkpoint's)")
     p.add_argument("--sampler", choices=SAMPLERS, help="(default: the checkpoint's)")
@@ -536,15 +540,22 @@ def parse(argv=None):
     return p.parse_args(argv)
 
 
+def known_words(model, prompt):
+    """(prompt, words left out): a text encoder of our own has random vectors still for words that it never met, which make
+    fewer, softer notes. Only the checkpoint knows which it has met; T5 knows them all."""
+    known = model.sampling.get("words")
+    strange = [w for w in words_of(prompt) if known and w not in known]
+    return " ".join(w for w in words_of(prompt) if w in known) if strange else prompt, strange
+
+
 def make_cond(model, prompt, prompt_file, numbers):
     """The condition for one stream from --prompt (None: the checkpoint's own, or the file's first) and --prompt-file, and the prompt's text."""
     if prompt_file is None:
-        prompt, known = model.sampling.get("prompt", "") if prompt is None else prompt, model.sampling.get("words")
-        if known and (strange := [w for w in words_of(prompt) if w not in known]):  # random vectors still: fewer, softer notes
+        prompt, strange = known_words(model, model.sampling.get("prompt", "") if prompt is None else prompt)
+        if strange:
             print(f"words that this model has not learned are left out: {', '.join(strange)}", file=sys.stderr)
-            prompt = " ".join(w for w in words_of(prompt) if w in known)
             if not prompt:
-                raise UserError(f"none is left; it knows {', '.join(known[:20])}")
+                raise UserError(f"none is left; it knows {', '.join(model.sampling['words'][:20])}")
         return model.conditioner([prompt], **numbers), prompt
     prompts, embeddings = load_prompts(prompt_file)
     if prompt is not None and prompt not in prompts:
@@ -620,7 +631,7 @@ def audio_of(model, args, samples, together):
     cond, prompt = make_cond(model, args.prompt, args.prompt_file, c.stream_numbers)
     if args.prime:
         from data import encode_file                        # which imports torchaudio, for a second
-        prime = encode_file(model, args.prime)[None].to(args.device)
+        prime = encode_file(model, args.prime, c.reach_blocks * c.block)[None].to(args.device)
         if prime.shape[-1] < c.block:
             raise UserError(f"{args.prime} is shorter than one block ({c.block / c.frame_rate:.2f} s)")
     # whole blocks, and the decoder's reach beyond the end: so a shorter stream is exactly the start of a longer one
@@ -639,8 +650,9 @@ def audio_of(model, args, samples, together):
 
 
 def held_back(pieces, n):
-    """The same, but the first n are made before one is given: nobody should listen while a GPU's code is compiled."""
-    yield from list(itertools.islice(pieces, n))
+    """The same, but the first n come as one: nobody should listen while a GPU's code is compiled."""
+    if first := list(itertools.islice(pieces, n)):
+        yield torch.cat(first, dim=-1)
     yield from pieces
 
 
@@ -664,7 +676,8 @@ def main():
     if device.type == "cpu":
         torch.set_num_threads((threads + 1) // 2 if together else threads)
     parameters, precision = sum(p.numel() for p in model.dit.parameters()), to_precision(model, args.precision)
-    c, samples = model.config, None if math.isinf(args.seconds) else round(args.seconds * model.config.sample_rate)
+    c, samples = model.config, args.seconds * model.config.sample_rate
+    samples = None if math.isinf(samples) else round(samples)
     say = lambda text: print(text, file=sys.stderr)
     say(f"{path}: {model.stage}, {'block-causal' if c.causal else 'encoder-decoder'}, DiT "
         f"{parameters / 1e6:.1f} M, {args.device}, {threads} threads, {precision}")
@@ -679,14 +692,15 @@ def main():
                bar_format="{l_bar}{bar}| {n:.0f} s, {rate_fmt}")
     try:
         with contextlib.closing(writer), contextlib.closing(pieces), contextlib.closing(bar):     # Ctrl-C too: what was made is kept
-            for audio in held_back(pieces, 4 if args.compile and device.type == "cuda" else 0):     # the third is recorded
+            # the third piece is compiled and recorded, and one more may be what a recording (--prime) leaves in the decoder
+            for audio in held_back(pieces, 4 if args.compile and device.type == "cuda" else 0):
                 audio = audio if samples is None else audio[..., :samples - written]
                 if not audio.shape[-1]:
                     continue
                 writer.write(pcm(audio))
                 if not written:
                     first, begun = time.time() - started, audio.shape[-1]
-                clipped += (audio.abs() > 1).sum().item()
+                clipped += (~(audio.abs() <= 1)).sum().item()           # what is no number too
                 written += audio.shape[-1]
                 bar.update(audio.shape[-1] / c.sample_rate)
                 if written == samples:

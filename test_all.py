@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import csv
+import gc
 import importlib
 import io
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -461,6 +463,19 @@ def test_streamed_decode_equals_whole(sizes, packed, monkeypatch):
     assert streamed.shape == whole.shape and (streamed - whole).abs().max() < 1e-5
 
 
+def test_a_decoder_goes_at_once():
+    """Its copy of the weights, and on a GPU its graph, must not wait for the garbage collector."""
+    gc.disable()
+    try:
+        decoder = sample.StreamingDecoder(tiny().autoencoder)
+        decoder(torch.randn(1, 8, 6))
+        left = weakref.ref(decoder)
+        del decoder
+        assert left() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN packs nothing")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_layer_is_the_layer(dtype):
@@ -741,6 +756,7 @@ def test_closed_pipe_and_interrupt(tiny_file, tmp_path):
 # ------------------------------------------------------------------------------------------------ checkpoints
 def test_save_and_load(tmp_path):
     model = tiny(causal=False)
+    (tmp_path / "a.pt.7.part").write_bytes(b"of a run killed while it saved")
     common.save(model, tmp_path / "a.pt", step=5)
     again = sample.load(tmp_path / "a.pt")
     assert again.config == model.config and again.stage == "finetune" and again.sampling == model.sampling
@@ -758,6 +774,8 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path):
     broken.dit.project_in.weight.data[0, 0] = math.nan
     with pytest.raises(UserError, match="no longer finite"):
         common.save(broken, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="no longer finite"):
+        common.save(tiny(), tmp_path / "a.pt", discriminator=dict(weights=dict(head=torch.tensor([math.nan]))))
     assert sample.load(tmp_path / "a.pt").dit.project_in.weight.isfinite().all()
     before = (tmp_path / "a.pt").read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (10000, limits[1]))
@@ -792,6 +810,8 @@ BAD = [
     (sample.main, ["--ckpt", "{tiny}", "--seconds", "0"], "not positive"),
     (sample.main, ["--ckpt", "{tiny}", "--seconds", "nan"], "not positive"),
     (sample.main, ["--ckpt", "{tiny}", "--steps", "0"], "less than 1"),
+    (sample.main, ["--ckpt", "{tiny}", "--seed", str(2 ** 64)], "not between 0 and 2^64 - 1"),
+    (finetune.main, ["--init", "{tiny}", "--seed", "-1"], "not between 0 and 2^64 - 1"),
     (sample.main, ["--ckpt", "{tiny}", "--sampler", "magic"], "invalid choice"),
     (sample.main, ["--ckpt", "{tiny}", "--sec", "3"], "unrecognized"),
     (sample.main, ["--ckpt", "{tiny}", "--out", "{tmp}/a.wav", "--prompt-file", "{tmp}/prompts.pt"], "embeddings 7 wide"),
@@ -943,14 +963,15 @@ def killed_after(step, log, name, *args, cwd):
 
 @pytest.mark.parametrize("causal", ["--causal", "--no-causal"])
 def test_kill_and_resume_equals_unbroken(causal, tiny_file, music, tmp_path, call):
-    """kill -9 somewhere after step 2, then --resume: the same losses to the last digit, the same weights."""
+    """kill -9 somewhere after step 2, moved elsewhere, then --resume: the same losses to the last digit, the same weights."""
     args = ["--init", tiny_file, "--data", music, causal, *TRAIN]
     assert (done := call(finetune.main, *args, "--out", "a/ft.pt"))[0] == 0, done
-    log = tmp_path / "b" / "ft.csv"
-    killed_after(2, log, "finetune.py", *args, "--out", "b/ft.pt", cwd=tmp_path)
-    assert call(finetune.main, "--resume", "--out", "b/ft.pt")[0] == 0
+    killed_after(2, tmp_path / "b" / "finetune.csv", "finetune.py", *args, "--out", "b/finetune.pt", cwd=tmp_path)
+    (tmp_path / "b").rename(tmp_path / "out")
+    log = tmp_path / "out" / "finetune.csv"
+    assert call(finetune.main, "--resume")[0] == 0
     assert rows_of(log) == rows_of(tmp_path / "a" / "ft.csv") and len(rows_of(log)) == 5
-    a, b = (torch.load(tmp_path / side / "ft.pt", weights_only=True) for side in "ab")
+    a, b = (torch.load(tmp_path / name, weights_only=True) for name in ("a/ft.pt", "out/finetune.pt"))
     assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
     start = torch.load(tiny_file, weights_only=True)["weights"]
     moved = [k for k in start if not torch.equal(start[k], a["weights"][k])]
@@ -1127,6 +1148,9 @@ def test_encoding_in_pieces_is_encoding_whole(encoder, monkeypatch):
 def test_encode_file(encoder, tmp_path):
     latents = data.encode_file(encoder, save_wav(tmp_path / "a.wav", 1))
     assert latents.shape == (8, 44100 // 64) and latents.dtype == torch.float32
+    for last in 1, 200, 1000:
+        end = data.encode_file(encoder, tmp_path / "a.wav", last)
+        assert end.shape == latents[:, -last:].shape and (end - latents[:, -last:]).abs().max() < 1e-5
     soundfile.write(tmp_path / "b.wav", np.zeros((10, 2)), 44100)
     with pytest.raises(UserError, match="too short"):
         data.encode_file(encoder, tmp_path / "b.wav")
@@ -2009,6 +2033,7 @@ ARC_BAD = [
     (["--init", "{tiny}", "--data", "{tmp}", "--base", "{tmp}/none.pt"], "no checkpoint at"),
     (["--init", "{tiny}", "--data", "{tmp}", "--base", "{tmp}/base.pt"], "different autoencoders"),
     (["--init", "{tiny}", "--data", "{tmp}", "--rollout", "0"], "less than 1"),
+    (["--init", "{tiny}", "--data", "{tmp}", "--g-warmup", "1", "--out", "{tiny}"], "would overwrite the warm-up's teacher"),
     (["--resume", "--out", "{tmp}/finetune.pt"], "no ARC-Forcing to resume"),
     (["--resume", "--out", "{tiny}"], "no training to resume"),
 ]
