@@ -967,7 +967,8 @@ def test_kill_and_resume_equals_unbroken(causal, tiny_file, music, tmp_path, cal
     args = ["--init", tiny_file, "--data", music, causal, *TRAIN]
     assert (done := call(finetune.main, *args, "--out", "a/ft.pt"))[0] == 0, done
     killed_after(2, tmp_path / "b" / "finetune.csv", "finetune.py", *args, "--out", "b/finetune.pt", cwd=tmp_path)
-    (tmp_path / "b").rename(tmp_path / "out")
+    for name in "finetune.pt", "finetune.csv":
+        (tmp_path / "b" / name).rename(tmp_path / "out" / name)
     log = tmp_path / "out" / "finetune.csv"
     assert call(finetune.main, "--resume")[0] == 0
     assert rows_of(log) == rows_of(tmp_path / "a" / "ft.csv") and len(rows_of(log)) == 5
