@@ -28,6 +28,7 @@ from common import UserError, device_of, keep_memory, load, random_seed, read_ch
 from model import LMDM, PRESETS, Cond, add_noise, shift_time, velocity, words_of
 from precision import choose_precision, precision_of
 from sample import WavWriter, decode_stream, pcm, prefetch, stream
+from stable_audio_port import forget_t5
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -101,7 +102,9 @@ def encode_texts(model, tracks):
         return None
     prompts = sorted({t.prompt for t in tracks})
     with torch.no_grad():
-        return dict(zip(prompts, model.conditioner.embed_text(prompts)))
+        embeddings = model.conditioner.embed_text(prompts)
+    forget_t5()                                             # its memory is better used in training
+    return dict(zip(prompts, embeddings))
 
 
 def condition(model, texts, prompts, device, kept=None, frames=None):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from common import UserError, default_checkpoint, device_of, discard_output, keep_memory, load, positive, random_seed, run, whole
 from model import Cond, Conv1d, ConvTranspose1d, Memory, ResidualUnit, add_noise, alpha_sigma, denoise, schedule, words_of
 from precision import PRECISIONS, packs, to_precision
-from stable_audio_port import load_prompts
+from stable_audio_port import forget_t5, load_prompts
 
 SAMPLERS = "euler", "dpmpp", "pingpong"
 DEFAULTS = {                                                # by the stage recorded in the checkpoint
@@ -685,6 +685,8 @@ def main():
         say(f"compiling: the first audio takes {'20 to 30 s' if device.type == 'cpu' else 'about a minute'} longer")
         compile_layers(model)
     pieces, plan = audio_of(model, args, samples, together)
+    if not args.live:                                       # no prompt will follow
+        forget_t5()
     say(plan + "; type a prompt and press Enter" * args.live)
     writer = open_output(args.out, c.sample_rate, c.audio_channels, samples)
     first = begun = clipped = written = 0                   # begun: samples in the first piece, out after `first` seconds

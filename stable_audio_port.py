@@ -15,7 +15,7 @@ import pickle
 import re
 import sys
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -352,23 +352,34 @@ def regime(config):
 
 
 # ------------------------------------------------------------------------------------------------ text
-@torch.no_grad()
-def encode_t5(prompts, text_model, tokens, width=None, batch=16):
-    """Prompts -> T5 encoder's last hidden states (B, tokens, width of T5), and the mask (B, tokens), True at words.
-
-    text_model: a folder, or a name in the usual cache; width: what its states must be. The encoder is loaded, run and
-    freed. Raises UserError where `transformers` or the encoder is missing. The public tools run it in float16, we in
-    float32."""
+@lru_cache(maxsize=1)
+def load_t5(text_model):
+    """A folder, or a name in the usual cache -> tokenizer, encoder; kept until `forget_t5`, for prompts typed while a stream
+    plays. Raises UserError where `transformers` or the encoder is missing."""
     try:
         from transformers import AutoTokenizer, T5EncoderModel
     except ImportError as error:
         raise UserError(f"prompts need T5: pip install transformers sentencepiece ({error}); or stream from a --prompt-file "
                         "made with stable_audio_port.py --prompts on a machine that has it") from None
     try:
-        tokenizer, encoder = AutoTokenizer.from_pretrained(text_model), T5EncoderModel.from_pretrained(text_model).float().eval()
+        return AutoTokenizer.from_pretrained(text_model), T5EncoderModel.from_pretrained(text_model).float().eval()
     except Exception as error:                              # a missing folder, no network, a broken file, a missing package
         raise UserError(f"cannot load the text encoder {text_model!r} ({str(error).strip().splitlines()[0][:150]}); "
                         "name a folder that holds it: stable_audio_port.py --text-model FOLDER") from None
+
+
+def forget_t5():
+    if load_t5.cache_info().currsize:
+        load_t5.cache_clear()
+        gc.collect()
+
+
+@torch.no_grad()
+def encode_t5(prompts, text_model, tokens, width=None, batch=16):
+    """Prompts -> T5 encoder's last hidden states (B, tokens, width of T5), and the mask (B, tokens), True at words.
+
+    text_model: as for `load_t5`; width: what its states must be. The public tools run it in float16, we in float32."""
+    tokenizer, encoder = load_t5(text_model)
     if encoder.config.d_model != (width or encoder.config.d_model):
         raise UserError(f"the text encoder {text_model!r} is {encoder.config.d_model} wide; this checkpoint expects {width}")
     states, masks = [], []
@@ -377,8 +388,6 @@ def encode_t5(prompts, text_model, tokens, width=None, batch=16):
                           return_tensors="pt")
         states.append(encoder(input_ids=words.input_ids, attention_mask=words.attention_mask).last_hidden_state)
         masks.append(words.attention_mask.bool())
-    del encoder
-    gc.collect()
     return torch.cat(states), torch.cat(masks)
 
 

@@ -1718,6 +1718,13 @@ def test_t5_equals_running_it_by_hand(tmp_path):
     assert torch.equal(port.load_prompts(tmp_path / "out" / "prompts.pt")[1], embeddings)
     with pytest.raises(UserError, match="768 wide; this checkpoint expects 512"):
         port.encode_t5(prompts, str(tmp_path), 64, 512)
+    encoder = weakref.ref(port.load_t5(str(tmp_path))[1])
+    shutil.rmtree(tmp_path)
+    port.encode_t5(prompts, str(tmp_path), 64)              # a later prompt reads nothing again
+    port.forget_t5()
+    assert encoder() is None
+    with pytest.raises(UserError, match="cannot load the text encoder"):
+        port.encode_t5(prompts, str(tmp_path), 64)
 
 
 # ------------------------------------------------------------------------------------------------ ARC-Forcing
