@@ -1010,11 +1010,12 @@ def readme_commands():
 
 
 def test_readme_commands(tmp_path, music, call, monkeypatch):
-    """In order, with tiny weights and small numbers. Public text encoders and the recipe's own tools may be absent."""
+    """In order, with tiny weights and small numbers. Without public text encoders; the recipe's own tools may be absent."""
     common.save(tiny(block=48), tmp_path / "nano.pt")       # longer blocks, fewer of them
     for module in (common, finetune):                       # the shipped nano.pt is what lies beside them
         monkeypatch.setattr(module, "__file__", str(tmp_path / "here.py"))
     monkeypatch.setattr(sys, "stdin", open(os.devnull))     # nobody types
+    monkeypatch.setitem(sys.modules, "transformers", None)  # nobody downloads a text encoder
     for name in ("path/to/music", "data/nano"):
         shutil.copytree(music, tmp_path / name)
     shutil.copytree(GOLDEN / "sao_small_tiny", tmp_path / "path/to/stable-audio-open-small")
