@@ -256,7 +256,7 @@ def main():
     model = load(path).to(device_of(args.device))
     check_streams(path, model.stage)
     dataset = data.prepare(args.data, model, device=args.device)    # the training's own split
-    prompts = [known_words(model, track.prompt)[0] for track in dataset.validation]
+    prompts = [known_words(model, track.prompt) for track in dataset.validation]
     precision = to_precision(model, args.precision)
     print(f"{path}: {model.stage}, {sampling_settings(model, args.steps, args.sampler, args.cfg)}, {precision}", file=sys.stderr)
     with torch.no_grad():

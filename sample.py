@@ -541,21 +541,23 @@ def parse(argv=None):
 
 
 def known_words(model, prompt):
-    """(prompt, words left out): a text encoder of our own has random vectors still for words that it never met, which make
-    fewer, softer notes. Only the checkpoint knows which it has met; T5 knows them all."""
-    known = model.sampling.get("words")
-    strange = [w for w in words_of(prompt) if known and w not in known]
-    return " ".join(w for w in words_of(prompt) if w in known) if strange else prompt, strange
+    """The prompt without words that the checkpoint's own text encoder never met, which are named on standard error: their
+    vectors are random still, and make fewer, softer notes. T5 knows all words."""
+    words, known = words_of(prompt), model.sampling.get("words")
+    strange = [w for w in words if known and w not in known]
+    if not strange:
+        return prompt
+    print(f"words that this model has not learned are left out: {', '.join(strange)}", file=sys.stderr)
+    return " ".join(w for w in words if w in known)
 
 
 def make_cond(model, prompt, prompt_file, numbers):
     """The condition for one stream from --prompt (None: the checkpoint's own, or the file's first) and --prompt-file, and the prompt's text."""
     if prompt_file is None:
-        prompt, strange = known_words(model, model.sampling.get("prompt", "") if prompt is None else prompt)
-        if strange:
-            print(f"words that this model has not learned are left out: {', '.join(strange)}", file=sys.stderr)
-            if not prompt:
-                raise UserError(f"none is left; it knows {', '.join(model.sampling['words'][:20])}")
+        asked = model.sampling.get("prompt", "") if prompt is None else prompt
+        prompt = known_words(model, asked)
+        if asked and not prompt:
+            raise UserError(f"none is left; it knows {', '.join(model.sampling['words'][:20])}")
         return model.conditioner([prompt], **numbers), prompt
     prompts, embeddings = load_prompts(prompt_file)
     if prompt is not None and prompt not in prompts:
