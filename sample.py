@@ -260,6 +260,52 @@ def clip(model, cond, frames, *, steps=None, sampler=None, cfg=None, seed=0):
     return denoise_block(predict, draw(), levels, settings["sampler"], model.config.objective, draw)
 
 
+class Winograd:
+    """A convolution of 7 taps without its padding, by 12 matrix products for 6 outputs in place of 42 (Toom-Cook; Winograd 1980).
+
+    Polynomials of 6 and of 7 coefficients have a product that 12 values settle: take the values of each at 12 points, multiply,
+    go back to coefficients. Transposed, those three steps are a convolution: 12 inputs are mixed into 12 sums, each sum goes
+    through one matrix (the values of the taps' polynomial there), and what they give is mixed into 6 outputs. In float32 that is
+    off by 4e-6 of the outputs, where the convolution itself is by 2e-7."""
+    points = 1, -1, 0, 1 / 3, -1 / 3, 2 / 3, -2 / 3, 3 / 2, -3 / 2, 3, -3      # and infinity, where the last coefficient is the value
+
+    def __init__(self, layer, most=512):
+        values = lambda n: torch.tensor([[p ** i for i in range(n)] for p in self.points] + [[0] * (n - 1) + [1]], dtype=torch.float64)
+        back = torch.linalg.inv(values(12)).T
+        size = back.abs().sum(1, keepdim=True)              # divided by it, sums are about as large as inputs
+        weight = layer.weight.detach().double()             # (out, in, 7)
+        self.taps = (size * values(7) @ weight.permute(2, 1, 0).flatten(1)).float().unflatten(1, weight.shape[1::-1])   # (12, in, out)
+        self.sums, self.outputs = (back / size).float(), values(6).T.float()
+        self.bias, self.dilation, self.most = layer.bias.detach(), layer.dilation[0], most
+
+    @staticmethod
+    def suits(layer):
+        """Is it faster? In float32 on a CPU 1.3 to 3 times, but for matrices too small to be worth the mixing."""
+        return (layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32 and layer.kernel_size == (7,)
+                and min(layer.in_channels, layer.out_channels) >= 128)
+
+    def __call__(self, x):                                  # (B, in, T) -> (B, out, T - 6 * dilation)
+        (batch, channels, size), d, x = x.shape, self.dilation, x.transpose(1, 2)
+        rows = 6 * math.ceil(size / (6 * d))
+        if batch * d > 1:                                   # every d-th frame, and item after item, as one long sequence
+            x = F.pad(x, (0, 0, 0, rows * d - size)).unflatten(1, (rows, d)).transpose(1, 2)
+        x, tiles = x.reshape(-1, channels), batch * d * rows // 6
+        y, most = x.new_empty(tiles, 6, self.taps.shape[2]), min(tiles, self.most)
+        sums, products = x.new_empty(most, 12, channels), x.new_empty(12, most, y.shape[2])
+        for i in range(0, tiles - 1, most):                 # a few at a time, for the CPU's caches
+            piece = x[6 * i:6 * (i + most) + 6]
+            if len(piece) % 6:
+                piece = F.pad(piece, (0, 0, 0, -len(piece) % 6))
+            n = len(piece) // 6 - 1
+            torch.bmm(self.sums.expand(n, 12, 12), piece.unfold(0, 12, 6).transpose(1, 2), out=sums[:n])
+            torch.addmm(self.bias, sums[:n, 0], self.taps[0], out=products[0, :n])      # the value at 1 counts once in every output
+            for k in range(1, 12):
+                torch.mm(sums[:n, k], self.taps[k], out=products[k, :n])
+            torch.bmm(self.outputs.expand(n, 6, 12), products[:, :n].transpose(0, 1), out=y[i:i + n])
+        # outputs that span two stretches of the long sequence are the last of each, past those that there are
+        return y.view(batch, d, rows, -1).transpose(1, 2).flatten(1, 2)[:, :size - 6 * d].transpose(1, 2)
+
+
 class Unpadded:
     """One of the decoder's convolutions without its padding, a copy of its weights lying as a CPU wants them.
 
@@ -273,6 +319,9 @@ class Unpadded:
             weight = weight.unflatten(2, (2, self.samples)).flip(2).permute(3, 1, 0, 2).flatten(0, 1)
             self.bias = self.bias.repeat(self.samples)
         self.reach, self.dilation = (weight.shape[-1] - 1) * layer.dilation[0], (1, *layer.dilation)
+        self.winograd = Winograd(layer) if Winograd.suits(layer) else None
+        if self.winograd:
+            return
         # dilated, on a GPU: frames in rows of `dilation`, so that the taps are neighbours below each other; cuDNN took 23 ms for 0.1
         self.folded = layer.dilation[0] if weight.is_cuda else 1
         weight = weight[:, :, None] if self.folded == 1 else weight[..., None]
@@ -283,6 +332,8 @@ class Unpadded:
     def __call__(self, x):                                  # (B, in, T) -> (B, out, (T - reach) * samples)
         if x.shape[-1] <= self.reach:
             return x.new_zeros(len(x), self.out_channels, 0)
+        if self.winograd:
+            return self.winograd(x)
         n, x = x.shape[-1], x[:, :, None]
         if self.folded > 1:
             rows = F.pad(x, (0, -n % self.folded))[:, :, 0].unflatten(-1, (-1, self.folded))

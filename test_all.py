@@ -1,10 +1,12 @@
 """Everything that must always hold. Tiny random models, no network, no timing: python -m pytest -q"""
 import argparse
 import contextlib
+import copy
 import csv
 import gc
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -39,7 +41,7 @@ import sample
 import stable_audio_port as port
 
 from common import UserError
-from model import (LMDM, PRESETS, Cond, Conditioner, Config, SnakeBeta, add_noise, alpha_sigma, channels_last, denoise, schedule,
+from model import (LMDM, PRESETS, Cond, Conditioner, Config, Conv1d, SnakeBeta, add_noise, alpha_sigma, channels_last, denoise, schedule,
                    shift_time, velocity, visible)
 from stable_audio_port import load_stable_audio
 
@@ -457,10 +459,26 @@ def test_streamed_decode_equals_whole(sizes, packed, monkeypatch):
     precision.to_precision(model, "float32")                # changes the order of some weights in memory, no number
     streamed = torch.cat(list(sample.decode_stream(model.autoencoder, latents.split(sizes, dim=-1))), dim=-1)
     assert streamed.shape == whole.shape and (streamed - whole).abs().max() < 1e-5
+    sevens = lambda layer: layer.kernel_size == (7,) and layer.bias is not None
+    monkeypatch.setattr(sample.Winograd, "suits", sevens if packed else sample.Winograd.suits)      # the tiny model's matrices are small
     decoder = sample.StreamingDecoder(model.autoencoder)
+    assert packed == any(conv.winograd is not None for conv in decoder.unpadded.values())
     decoder.most = 300                                      # 10 frames of the narrowest layer, one or two of the widest
     streamed = torch.cat([decoder(z, last=i == len(sizes)) for i, z in enumerate([*latents.split(sizes, dim=-1), latents[..., :0]])], dim=-1)
     assert streamed.shape == whole.shape and (streamed - whole).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dilation", [1, 3, 9])
+def test_winograd_is_the_convolution(dilation):
+    """For batches and any length, in one piece or several."""
+    conv = Conv1d(20, 30, 7, dilation=dilation).requires_grad_(False)
+    exact = copy.deepcopy(conv).double()
+    for batch, outputs, most in itertools.product((1, 3), (1, 5, 6, 7, 50, 217), (512, 4)):
+        x = channels_last(torch.randn(batch, 20, outputs + 6 * dilation))
+        want, got = exact(x.double()), sample.Winograd(conv, most)(x)
+        assert got.shape == want.shape and (got - want).norm() < 2e-5 * want.norm()
+    large = Conv1d(128, 128, 7)
+    assert sample.Winograd.suits(large) and not sample.Winograd.suits(conv) and not sample.Winograd.suits(large.bfloat16())
 
 
 def test_a_decoder_goes_at_once():
