@@ -8,7 +8,7 @@ Columns, in milliseconds. step: one denoising step with the cache; block: all st
 the cache included; floor: the block's matrix products and attentions alone, as bare library calls on the same shapes (a
 block can be faster: large weights lie in another order for it); outpaint: the same network over the whole window at every
 step, which is what outpainting does; decode: the block to audio, streaming; its floor: the decoder's convolutions alone, as
-the library has them; whole: the share of a block where eight are decoded at once. Then everything as `sample.py` plays it:
+the library has them (in float32 `Winograd` in sample.py can be faster); whole: the share of a block where eight are decoded at once. Then everything as `sample.py` plays it:
 round trip, from noise drawn on the host to audio on the host, of the whole batch (where a CPU decodes one block while it
 makes the next, the time between two); times real time, the batch's together; and seconds from the start of the stream to its
 first audio, which on a GPU `sample.py --compile` holds back. There everything is recorded as CUDA graphs, the floors too, and
