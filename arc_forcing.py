@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 from common import UserError, check_streams, load, random_seed, read_checkpoint, return_memory, run, save, whole, writable
 from finetune import (Log, average_gradients, condition, encode_texts, micro_rows, missing_context, parse, peak_memory, prepare_once,
-                      render_sample, start_processes)
+                      render_sample, start_processes, words_met)
 from model import Conditioner, Config, DiT, add_noise, alpha_sigma, denoise, noise_level, schedule, shift_time, velocity
 from precision import choose_precision, precision_of
 from sample import Context, denoise_block, sampling_settings, with_guidance, with_null
@@ -304,7 +304,7 @@ def of_all(mine, world):
 
 
 def main():
-    args, saved = parse(parser())
+    args, saved = parse(parser(), "base")
     if saved is None:
         fill_in(args)
     elif "discriminator" not in saved:
@@ -332,7 +332,7 @@ def main():
     dataset = prepare_once(args.data, model, device, rank, world)
     texts = encode_texts(model, dataset.tracks)
     critic_texts = texts if base is model else encode_texts(base, dataset.tracks)
-    prompt = dataset.train[0].prompt                        # whose words it learns
+    learns = dict(prompt=dataset.train[0].prompt, words=words_met(model, dataset.train))
     del base
     model.to(device).requires_grad_(False)
     critic.to(device)
@@ -462,8 +462,10 @@ def main():
             if phase.startswith("warm") and next_phase(done, args) != phase:
                 optimizer.state.clear()                     # it has served: twice the weights' memory
                 teacher = teacher if phase == "warm D" else None
-            if game == 1:
-                model.stage, model.sampling = "arc", dict(steps=args.most, prompt=prompt, words=model.sampling.get("words", []))
+            if game:
+                model.stage, model.sampling = "arc", dict(steps=args.most, **learns)
+            elif phase == "warm G":
+                model.sampling |= learns
             bar.update()
 
             # --- log, warning, checkpoint, sample
@@ -482,7 +484,7 @@ def main():
                 write()
             if args.sample_every and phase in ("D", "G") and game % args.sample_every == 0 and not rank:
                 name = Path(args.out).parent / "samples" / f"{Path(args.out).stem}_{game}.wav"
-                render_sample(model, texts, prompt, name, 10, device, precision)
+                render_sample(model, texts, learns["prompt"], name, 10, device, precision)
                 bar.write(f"-> {name}", file=sys.stderr)
     except KeyboardInterrupt:                               # `done` is right, unless it fell into the update itself
         write()

@@ -9,6 +9,7 @@ convention), a caption beside the track (`song.txt`), its title and genre tags, 
 are looked up anew each time: mending them costs no encoding.
 """
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -104,9 +105,10 @@ def caption_files(file):
 
 
 def clean(text):
-    """'03 - night_drive' -> 'night drive'. What is only a number stays."""
+    """'03 - night_drive' -> 'night drive': a track's number goes. What is only a number stays, and what may be part of a name."""
     text = " ".join(text.replace("_", " ").split())
-    return re.sub(r"^(\d{1,2}-)?(\d{1,2}\s*[-.)\s]|\d{3,}\s*[-.)]|0\d+\s)[-.\s]*(?=\S)", "", text)
+    number = r"(\d{1,2}-)?(0\d+[-.)\s]|\d\d[-\s](?!\s*bpm)|\d+\s*[.)](?!\d)|\d+\s+-)"
+    return re.sub(rf"^{number}[-.\s]*(?=\S)", "", text, flags=re.IGNORECASE)
 
 
 def prompt_of(file, folder, metadata):
@@ -119,7 +121,7 @@ def prompt_of(file, folder, metadata):
             return text
     with soundfile.SoundFile(file) as f:
         tags = f.copy_metadata()
-    genre = re.sub(r"^\(?\d+\)?", "", tags.get("genre", ""))    # ID3 may give a bare number: no word to learn
+    genre = re.sub(r"^(\(\d+\))+|^\d+$", "", tags.get("genre", ""))    # ID3 may give a bare number: no word to learn
     if text := ", ".join(filter(None, (clean(tags.get("title", "")), genre.strip()))):
         return text
     return f"{clean(file.stem)}, {clean(Path(os.path.abspath(file)).parent.name)}"
@@ -273,16 +275,17 @@ class Dataset:
 
 
 def encode_track(file, path, model, tell):
-    """Make the latents file at `path` unless it is there. Returns its frames. UserError when the audio is no good.
+    """Make the latents file at `path` unless it is there. Returns where it is, and its frames. UserError when the audio is no good.
 
+    A clip that ends with a block, for all we know filled with silence, is kept under a name for blocks of that length alone.
     tell: called with the seconds encoded so far."""
     config = model.config
-    try:
-        frames, channels = np.load(path, mmap_mode="r").shape
-        if channels == config.latent_channels and frames >= config.block:       # else: padded to a shorter block
-            return frames
-    except (OSError, ValueError, EOFError):                 # absent or damaged
-        pass
+    filled = path.with_suffix(f".{config.block}.npy")
+    for made in path, filled:
+        with contextlib.suppress(OSError, ValueError, EOFError):                # absent or damaged
+            frames, channels = np.load(made, mmap_mode="r").shape
+            if channels == config.latent_channels and frames >= config.block:   # else it was long enough for shorter blocks
+                return made, frames
     parts, frames = [], 0
     for latents in encode_chunks(model.autoencoder, config, at_least_a_block(file, read_audio(file, config), config)):
         parts.append(latents.T.half().numpy())                                  # (n, C)
@@ -291,9 +294,10 @@ def encode_track(file, path, model, tell):
     latents = np.concatenate(parts)
     if not np.isfinite(latents).all():
         raise UserError(f"{file}: its latents are not finite")
-    write_whole(path, lambda f: np.save(f, latents))
+    made = filled if frames == config.block else path
+    write_whole(made, lambda f: np.save(f, latents))
     opened.cache_clear()
-    return frames
+    return made, frames
 
 
 def prepare(folder, model, latents_dir=None, device="cpu", quiet=False):
@@ -323,7 +327,7 @@ def prepare(folder, model, latents_dir=None, device="cpu", quiet=False):
             stat = os.stat(file) if file.is_file() else os.lstat(file)      # a broken link is told by read_audio
             version = crc(f"{name} {stat.st_size} {stat.st_mtime_ns} {mark}")
             path = latents_dir / f"{re.sub('[^a-zA-Z0-9]+', '_', name)[:80]}-{version}.npy"
-            frames = encode_track(file, path, model, lambda s: progress.set_postfix_str(f"{name}, {s:.0f} s"))
+            path, frames = encode_track(file, path, model, lambda s: progress.set_postfix_str(f"{name}, {s:.0f} s"))
             tracks.append(Track(name, prompt_of(file, folder, metadata), path, 0, frames))
         except (UserError, soundfile.SoundFileError, UnicodeEncodeError) as error:      # of a name that is no UTF-8
             skipped.append((name, str(error).removeprefix(f"{file}: ")))

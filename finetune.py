@@ -241,8 +241,10 @@ def parser():
     return p
 
 
-def parse(p):
-    """Arguments; with --resume the ones not given are those of the run to be resumed. Returns (args, checkpoint or None)."""
+def parse(p, *fixed):
+    """Arguments; with --resume the ones not given are those of the run to be resumed. Returns (args, checkpoint or None).
+
+    fixed: names of arguments that such a run has no use for any more, UserError where they are others now."""
     args, saved = p.parse_args(), None
     if args.resume:
         saved = read_checkpoint(args.out)
@@ -250,6 +252,9 @@ def parse(p):
             raise UserError(f"{args.out} holds no training to resume")
         p.set_defaults(**{**saved["args"], "out": args.out})    # which may have been moved
         args = p.parse_args()
+        for name in fixed:
+            if (begun := saved["args"].get(name)) not in (None, getattr(args, name)):
+                raise UserError(f"{args.out} was begun with {name} {begun}; --resume cannot change that")
     return args, saved
 
 
@@ -270,13 +275,20 @@ def start_model(args):
     return model
 
 
+def words_met(model, tracks):
+    """The words whose vectors are no longer random once the model's own text encoder has learned these tracks' prompts too. T5 knows all."""
+    c = model.config
+    read = (w for track in tracks for w in words_of(track.prompt)[:c.text_tokens]) if c.text == "words" else ()
+    return sorted({*model.sampling.get("words", []), *read})
+
+
 def learning_rate(step, args):
     end = args.lr if args.lr_end is None else args.lr_end
     return min(1, (step + 1) / max(1, args.warmup)) * (end + (args.lr - end) * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
 
 
 def main():
-    args, saved = parse(parser())
+    args, saved = parse(parser(), "init", "preset")
     if saved is not None and "optimizer" not in saved:
         raise UserError(f"{args.out} holds no finetuning to resume")
     if args.data is None:
@@ -299,9 +311,7 @@ def main():
 
     dataset = prepare_once(args.data, model, device, rank, world)
     texts = encode_texts(model, dataset.tracks)
-    model.sampling["prompt"] = dataset.train[0].prompt      # whose words it learns
-    if c.text == "words":
-        model.sampling["words"] = sorted({*model.sampling.get("words", []), *(w for track in dataset.train for w in words_of(track.prompt))})
+    model.sampling |= dict(prompt=dataset.train[0].prompt, words=words_met(model, dataset.train))
     model.to(device).requires_grad_(False)
 
     # --- optimizer: everything but the autoencoder

@@ -59,16 +59,15 @@ def onsets_per_second(audio, rate):
 
 
 def chroma_change(audio, rate, seconds=2.0):
-    """Mean cosine distance between the pitch-class contents (55-2000 Hz) of moments `seconds` apart."""
+    """Mean cosine distance between the pitch-class contents (55-2000 Hz) of moments `seconds` apart, where both sound; NaN if none do."""
     size, hop = 8192, 2048
     spectrum = torch.stft(audio.mean(0), size, hop, window=torch.hann_window(size), return_complex=True).abs()
     hertz = torch.arange(spectrum.shape[0]) * rate / size
     used = (hertz > 55) & (hertz < 2000)
     pitch = (12 * torch.log2(hertz[used] / 440)).round().long() % 12
     chroma = torch.zeros(12, spectrum.shape[1]).index_add_(0, pitch, spectrum[used])
-    chroma = torch.nn.functional.normalize(chroma[:, chroma.norm(dim=0) > 1e-2], dim=0)
-    lag = round(seconds * rate / hop)
-    return (1 - (chroma[:, lag:] * chroma[:, :-lag]).sum(0)).mean().item()
+    sounds, chroma, lag = chroma.norm(dim=0) > 1e-2, torch.nn.functional.normalize(chroma, dim=0), round(seconds * rate / hop)
+    return (1 - (chroma[:, lag:] * chroma[:, :-lag]).sum(0))[sounds[lag:] & sounds[:-lag]].mean().item()
 
 
 def picture(path, sounds, rate, seconds=15):
@@ -162,7 +161,7 @@ def sound(model, dataset, prompts, args):
     distance = lambda sounds: frechet(torch.cat(sounds), reference)
     print(f"{'':10} {'n':>3} {'onsets/s':>9} {'chroma change':>14} {'level dB':>9} {'distance to held out':>21}")
     for name, side in sides.items():
-        mean = lambda f: np.mean([f(a, rate) for a in side])
+        mean = lambda f: np.nanmean([f(a, rate) for a in side])
         level = np.mean([20 * math.log10(a.square().mean().sqrt().item() + 1e-9) for a in side])
         apart = "" if name == "held out" else f"{distance(frames[name]):.1f}"
         print(f"{name:10} {len(side):3d} {mean(onsets_per_second):9.2f} {mean(chroma_change):14.3f} {level:9.1f} {apart:>21}")
@@ -238,13 +237,15 @@ def main():
     p.add_argument("--steps", type=whole)
     p.add_argument("--cfg", type=float)
     p.add_argument("--sampler", choices=SAMPLERS)
-    p.add_argument("--picture", help="PNG with the mel spectrograms of a held-out recording and of a stream")
+    p.add_argument("--picture", help="PNG with the mel spectrograms of a held-out recording and of a stream; not with --drift, which draws its own")
     p.add_argument("--keep", help="folder to keep the streams in, as FLAC")
     p.add_argument("--out", default="out/drift", help="name of the CSV and PNG of --drift, without suffix")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=PRECISIONS, default="float32")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
     args = p.parse_args()
+    if args.drift and args.picture:
+        raise UserError("--picture is for the figures without --drift, which draws its own (--out)")
     for path in args.picture, args.drift and f"{args.out}.csv", args.keep and Path(args.keep, "seed0.flac"):
         if path:
             writable(path)

@@ -39,7 +39,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchaudio.functional import melscale_fbanks
 
-from common import UserError, keep_memory, load, random_seed, read_checkpoint, run, save, save_whole, writable
+from common import UserError, keep_memory, load, random_seed, read_checkpoint, run, save, save_whole, whole, writable
 from data import audio_files, read_audio, split
 from finetune import average_gradients, micro_rows, start_processes
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta
@@ -340,6 +340,8 @@ def train_autoencoder(args):
     autoencoder, decoder = model.autoencoder.to(device), model.autoencoder.decoder
     say = lambda text: rank or print(text, file=sys.stderr, flush=True)
     made = " ".join(["nano.py", *sys.argv[1:]])
+    if args.crop % config.hop or args.crop <= 2048:         # half of the loss's longest spectrum
+        raise UserError(f"--crop {args.crop}: it takes a multiple of {config.hop} samples, above 2048")
     train, held_out = (read_tracks(args.data, side, args.crop) for side in (False, True))
     critic, start = Critic().to(device), 0
     adam = lambda player: torch.optim.AdamW(player.parameters(), lr=args.lr, betas=(0.8, 0.99), weight_decay=1e-3, fused=True)
@@ -352,7 +354,11 @@ def train_autoencoder(args):
         critic_optimizer.load_state_dict(saved["critic_optimizer"])
         start = saved["step"]
     elif not args.init:
-        start_as_transform(autoencoder, torch.stack([to_audio(t[5 * 44100:][:1 << 17]) for t in train[:96]]).to(device))
+        part = slice(5 * RATE, 5 * RATE + 2 ** 17)
+        parts = [to_audio(t[part]) for t in train if len(t) >= part.stop][:96]
+        if not parts:
+            raise UserError(f"{args.data}: a linear start is fitted to tracks of {part.stop / RATE:.0f} s or more, and there is none; take --init")
+        start_as_transform(autoencoder, torch.stack(parts).to(device))
         for parameter in autoencoder.parameters():          # the precision of the packed file, so that latents stay those
             parameter.data = parameter.data.half().float()
         if not rank:
@@ -425,6 +431,8 @@ def evaluate_autoencoder(args):
     """Log-spectral distance and SNR of a checkpoint's autoencoder on the held-out tracks of any folder of audio."""
     autoencoder, rate = load(args.ckpt).autoencoder, PRESETS["nano"].sample_rate
     names = split([f.relative_to(args.data).as_posix() for f in audio_files(args.data)])[1]
+    if not names:
+        raise UserError(f"{args.data}: no audio to evaluate on")
     tracks = [torch.cat(list(read_audio(Path(args.data, name), PRESETS["nano"])), dim=1)[:, :15 * rate] for name in names]
     distance, ratio = validate_autoencoder(autoencoder, [(32768 * t.T).clamp(-32768, 32767).short().numpy() for t in tracks])
     if args.picture:
@@ -470,26 +478,26 @@ def main():
     stages = p.add_subparsers(dest="stage", required=True)
     s = stages.add_parser("data", help="render scores")
     s.add_argument("--data", default="data/nano")
-    s.add_argument("--tracks", type=int, default=413, help="chorales to look at; 45 have other than four parts")
-    s.add_argument("--performances", type=int, default=4, help="of each chorale that is trained on")
-    s.add_argument("--workers", type=int, default=2)
+    s.add_argument("--tracks", type=whole, default=413, help="chorales to look at; 45 have other than four parts")
+    s.add_argument("--performances", type=whole, default=4, help="of each chorale that is trained on")
+    s.add_argument("--workers", type=whole, default=2)
     s.add_argument("--soundfont", default="/usr/share/sounds/sf2/FluidR3_GM.sf2")
     s.set_defaults(run=make_data)
     s = stages.add_parser("autoencoder", help="train the autoencoder; run again to go on where it stopped")
     s.add_argument("--data", default="data/nano")
     s.add_argument("--out", default="out/nano_ae.pt")
     s.add_argument("--init", help="checkpoint whose autoencoder to go on from (default: a linear start)")
-    s.add_argument("--steps", type=int, default=8000)
-    s.add_argument("--batch", type=int, default=4)
-    s.add_argument("--crop", type=int, default=16384, help="samples")
+    s.add_argument("--steps", type=whole, default=8000)
+    s.add_argument("--batch", type=whole, default=4)
+    s.add_argument("--crop", type=whole, default=16384, help="samples")
     s.add_argument("--lr", type=float, default=1e-3)
     s.add_argument("--clip", type=float, default=1.0, help="gradient norm")
     s.add_argument("--noise", type=float, default=0.25, help="most noise on latents: the DiT's are never quite clean")
     s.add_argument("--adversary", type=float, default=0.0, help="weight of an adversarial loss")
-    s.add_argument("--every", type=int, default=250, help="steps between validation and checkpoint")
+    s.add_argument("--every", type=whole, default=250, help="steps between validation and checkpoint")
     s.add_argument("--seed", type=random_seed, default=0)
     s.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    s.add_argument("--threads", type=int, default=2)
+    s.add_argument("--threads", type=whole, default=2)
     s.set_defaults(run=train_autoencoder)
     s = stages.add_parser("evaluate", help="how well an autoencoder keeps held-out audio")
     s.add_argument("--data", default="data/nano")
@@ -502,7 +510,7 @@ def main():
     s.add_argument("--arc", help="ARC-forced checkpoint that --ckpt was trained to, to go part of the way to")
     s.add_argument("--share", type=float, default=0.2, help="of that way")
     s.add_argument("--out", default="nano.pt")
-    s.add_argument("--steps", type=int, default=4)
+    s.add_argument("--steps", type=whole, default=4)
     s.add_argument("--cfg", type=float, default=1.0)
     s.add_argument("--sampler", choices=SAMPLERS, default="dpmpp")
     s.add_argument("--int8", action="store_true", help="recommend int8 on CPUs: measure.py --precision int8 gave the same figures")

@@ -637,6 +637,14 @@ def test_words_never_learned_are_left_out(tiny_file, music, tmp_path, call):
         played.append((tmp_path / "a.wav").read_bytes())
         assert status == 0 and ("left out: dreamy, warm" in err) == (prompt != "tone")
     assert played[0] == played[1]
+    # ARC-Forcing on other music learns its words, as many of a prompt as the model reads
+    for name in "ab":
+        save_wav(tmp_path / f"other/{name}.wav", 0.8).with_suffix(".txt").write_text("xylophone that plays on and on, harmonica")
+    for out, *phases in (("warm.pt", "--g-warmup", 1, "--teacher-steps", 2, "--every", 1, "--steps", 1), ("game.pt", "--steps", 1)):
+        status, err = call(arc_forcing.main, "--init", "out/finetune.pt", "--data", "other", "--out", out, "--d-warmup", 0, "--batch", 2,
+                           "--rollout", 1, *phases)
+        known = sample.load(tmp_path / out).sampling["words"]
+        assert status == 0 and {*words["nano.pt"], "xylophone", "that"} <= {*known} and "harmonica" not in known, err
 
 
 def test_nothing_known_in_a_prompt(tiny_file, tmp_path, call):
@@ -847,10 +855,18 @@ BAD = [
     (finetune.main, ["--resume", "--out", "{tiny}"], "no training to resume"),
     (finetune.main, ["--resume", "--out", "{tmp}/arc.pt"], "no finetuning to resume"),
     (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--block", "7"], "was begun with block"),
+    (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--preset", "sao_small"], "was begun with preset nano"),
+    (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--init", "{tiny}"], "was begun with init none"),
     (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text"], "is a folder"),
     (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text/song.wav/ft.pt"], "no folder that can be written in"),
     (arc_forcing.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text"], "is a folder"),
     (measure.main, ["--ckpt", "{tiny}", "--data", "{tmp}/text", "--picture", "{tmp}/text"], "is a folder"),
+    (measure.main, ["--ckpt", "{tiny}", "--data", "{tmp}/text", "--drift", "--picture", "{tmp}/a.png"], "draws its own"),
+    (nano.main, ["autoencoder", "--init", "{tiny}", "--data", "{tmp}/text", "--crop", "2047"], "a multiple of"),
+    (nano.main, ["autoencoder", "--init", "{tiny}", "--data", "{tmp}/text", "--crop", "1024"], "above 2048"),
+    (nano.main, ["autoencoder", "--data", "{tmp}/short"], "fitted to tracks of 8 s or more"),
+    (nano.main, ["evaluate", "--ckpt", "{tiny}", "--data", "{tmp}/empty"], "no audio to evaluate on"),
+    (nano.main, ["pack", "--ckpt", "{tiny}", "--steps", "0"], "less than 1"),
     (measure.main, ["--ckpt", "{tiny}", "--data", "{tmp}/text", "--drift", "--out", "{tmp}/text/song.wav/drift"], "no folder that can be written in"),
 ]
 
@@ -865,7 +881,7 @@ def test_bad_input(main, args, message, tiny_file, tmp_path, call):
     base.stage = "base"
     common.save(base, tmp_path / "base.pt")
     common.save(tiny(), tmp_path / "arc.pt", args=dict(data="x"), optimizers={})
-    common.save(tiny(), tmp_path / "begun.pt", args=dict(data="x"), optimizer={})
+    common.save(tiny(), tmp_path / "begun.pt", args=dict(data="x", init="none", preset="nano"), optimizer={})
     saved = torch.load(tiny_file, weights_only=True)
     weights = saved["weights"]
     torch.save({**saved, "weights": {**weights, "dit.project_in.weight": torch.zeros(3, 3)}}, tmp_path / "shape.pt")
@@ -873,6 +889,8 @@ def test_bad_input(main, args, message, tiny_file, tmp_path, call):
     for folder in ("empty", "text"):
         (tmp_path / folder).mkdir()
     (tmp_path / "text" / "song.wav").write_text("not audio")
+    for name in "ab":
+        save_wav(tmp_path / "short" / f"{name}.wav", 0.7)
     before = sorted(tmp_path.rglob("*"))
     status, err = call(main, *(a.format(tmp=tmp_path, tiny=tiny_file) for a in args))
     lines = [line for line in err.splitlines() if "error" in line]
@@ -1251,7 +1269,7 @@ def test_short_clip_is_filled_with_silence(encoder, tmp_path):
     wide = LMDM(config).eval()
     wide.load_state_dict(encoder.state_dict())
     save_wav(tmp_path / "music/a.wav", 0.7)
-    for m, frames in ((encoder, 30870 // 64), (wide, 800)):  # a longer block redoes what is shorter
+    for m, frames in ((wide, 800), (encoder, 30870 // 64), (wide, 800)):     # each block's length finds its own
         track, = data.prepare(tmp_path / "music", m, tmp_path / "latents", quiet=True).tracks
         assert track.frames == frames
     x = torch.zeros(1, 2, 800 * 64)
@@ -1343,6 +1361,11 @@ def test_prompts_in_order_of_preference(tmp_path):
         f.title, f.genre = "01 Night Ride", "(8)Jazz"
         f.write(notes(1))
     assert prompt() == "Night Ride, Jazz"
+    for genre, named in ("80s Pop", ", 80s Pop"), ("17", ""), ("(4)(9)Disco", ", Disco"), ("8-bit", ", 8-bit"):
+        with soundfile.SoundFile(file, "w", 44100, 2) as f:
+            f.title, f.genre = "Night Ride", genre
+            f.write(notes(1))
+        assert prompt() == "Night Ride" + named
     file.with_suffix(".txt").write_text("slow piano\n at night\n")
     assert prompt() == "slow piano at night"
     (folder / "metadata.csv").write_text('file_name,text\ndisc_one/03 - night_drive.flac,"piano, slow"\n')
@@ -1360,7 +1383,8 @@ def test_prompts_in_order_of_preference(tmp_path):
 
 def test_clean_names():
     names = {"01 Title": "Title", "1-07 Title": "Title", "12. Title": "Title", "000_chorale_piano": "chorale piano",
-             "808 State": "808 State", "1999": "1999", "07": "07", "2nd movement": "2nd movement", "a__b": "a b"}
+             "808 State": "808 State", "1999": "1999", "07": "07", "2nd movement": "2nd movement", "a__b": "a b", "10 Song": "Song",
+             "3 - Song": "Song", "90_bpm_house": "90 bpm house", "90-BPM": "90-BPM", "8-bit": "8-bit", "2-Step": "2-Step", "1.5 Hours": "1.5 Hours"}
     assert {name: data.clean(name) for name in names} == names
 
 
@@ -2019,9 +2043,10 @@ def test_arc_kill_and_resume_equals_unbroken(finetuned, call):
     moved = {k for k in start if not torch.equal(start[k], a["weights"][k])}
     assert moved and not any(k.startswith("autoencoder") or k == "dit.context_in.weight" for k in moved)
     assert sample.sampling_settings(sample.load(finetuned / "a" / "arc.pt")) == dict(sampler="pingpong", steps=3, cfg=1.0)
-    # from the game back to a longer warm-up of D
-    assert (done := call(arc_forcing.main, "--resume", "--out", "b/arc.pt", "--d-warmup", 3, cwd=finetuned))[0] == 0, done
+    # from the game back to a longer warm-up of D, with other steps a block
+    assert (done := call(arc_forcing.main, "--resume", "--out", "b/arc.pt", "--d-warmup", 3, "--most", 2, cwd=finetuned))[0] == 0, done
     assert rows_of(log)[9]["phase"] == "warm D" and len(rows_of(log)) == 10
+    assert sample.load(finetuned / "b" / "arc.pt").sampling["steps"] == 2
 
 
 def test_arc_accumulation_and_processes_change_nothing(finetuned, tiny_file, call):
@@ -2062,6 +2087,7 @@ ARC_BAD = [
     (["--init", "{tiny}", "--data", "{tmp}", "--rollout", "0"], "less than 1"),
     (["--init", "{tiny}", "--data", "{tmp}", "--g-warmup", "1", "--out", "{tiny}"], "would overwrite the warm-up's teacher"),
     (["--resume", "--out", "{tmp}/finetune.pt"], "no ARC-Forcing to resume"),
+    (["--resume", "--out", "{tmp}/begun.pt", "--base", "{tmp}/base.pt"], "was begun with base none"),
     (["--resume", "--out", "{tiny}"], "no training to resume"),
 ]
 
@@ -2072,10 +2098,11 @@ def test_arc_bad_input(args, message, tiny_file, tmp_path, call):
     base.stage = "base"
     common.save(base, tmp_path / "base.pt")
     common.save(tiny(), tmp_path / "finetune.pt", args=dict(data="x", init="none"))
+    common.save(tiny(), tmp_path / "begun.pt", args=dict(data="x", base="none"), discriminator={})
     status, err = call(arc_forcing.main, *(a.format(tmp=tmp_path, tiny=tiny_file) for a in args))
     lines = [line for line in err.splitlines() if "error" in line]
     assert status == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in err, err
-    assert {p.name for p in tmp_path.iterdir()} <= {"base.pt", "finetune.pt"}
+    assert {p.name for p in tmp_path.iterdir()} <= {"base.pt", "begun.pt", "finetune.pt"}
 
 
 def test_the_base_is_the_public_model_that_finetuning_began_with(tiny_file, music, tmp_path):
@@ -2115,6 +2142,9 @@ def test_onsets_and_chroma():
     assert measure.chroma_change(melody(*[0] * 20), 44100) < 0.02
     assert measure.chroma_change(melody(*[0, 12, -12, 0] * 5), 44100) < 0.02                                     # octaves are one pitch class
     assert measure.chroma_change(melody(*([0] * 4 + [6] * 4) * 3), 44100) > 0.8                                  # the chord of two seconds ago is gone
+    pause = lambda note: torch.cat([melody(*[note] * 2), torch.zeros(2, 44100)], dim=1)
+    rests = torch.cat([pause(0), pause(6)] * 4, dim=1)                                                           # a second each, a second apart
+    assert measure.chroma_change(rests, 44100) > 0.8 and np.isnan(measure.chroma_change(torch.zeros(2, 4 * 44100), 44100))
 
 
 def test_drift_summary_and_its_standard_errors():
