@@ -165,6 +165,8 @@ def sound(model, dataset, prompts, args):
         level = np.mean([20 * math.log10(a.square().mean().sqrt().item() + 1e-9) for a in side])
         apart = "" if name == "held out" else f"{distance(frames[name]):.1f}"
         print(f"{name:10} {len(side):3d} {mean(onsets_per_second):9.2f} {mean(chroma_change):14.3f} {level:9.1f} {apart:>21}")
+    if len(made) > 1:
+        print(f"streams: standard error of their distance, one left out at a time: {jackknife(frames['streams'], distance):.1f}")
     draws = max(1, len(train) // len(made))
     for name in "training", "decoded":
         alike = [distance(frames[name][i::draws][:len(made)]) for i in range(draws)]
