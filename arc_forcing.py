@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from common import UserError, check_streams, load, random_seed, read_checkpoint, return_memory, run, save, whole, writable
+from common import UserError, check_streams, finite, load, random_seed, read_checkpoint, return_memory, run, save, whole, writable
 from finetune import (Log, average_gradients, condition, encode_texts, micro_rows, missing_context, parse, peak_memory, prepare_once,
                       render_sample, start_processes, words_met)
 from model import Conditioner, Config, DiT, add_noise, alpha_sigma, denoise, noise_level, schedule, shift_time, velocity
@@ -248,7 +248,7 @@ def parser():
     p.add_argument("--on-policy", type=int, default=0, help="the last so many of those steps start from where G's own streams have got to, not from music")
     p.add_argument("--warmup-lr", type=float, default=5e-5, help="of both, falling to 0")
     p.add_argument("--teacher-steps", type=whole, help="steps of those trajectories (default: as --init plays)")
-    p.add_argument("--teacher-cfg", type=float, help="guidance of those trajectories (default: as --init plays)")
+    p.add_argument("--teacher-cfg", type=finite, help="guidance of those trajectories (default: as --init plays)")
     # reports
     p.add_argument("--every", type=whole, default=50, help="steps between checkpoints")
     p.add_argument("--sample-every", type=int, default=500, help="steps between samples in out/samples, 0 for none")

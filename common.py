@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import ctypes
+import math
 import os
 import sys
 from glob import escape
@@ -134,7 +135,7 @@ def device_of(name):
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)                   # what waits for "the" GPU, or asks for its memory, means this one
         return device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]})") from None
 
 
@@ -164,6 +165,13 @@ def positive(text):
     return value
 
 
+def finite(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
+
+
 def whole(text):
     value = int(text)
     if value < 1:
@@ -185,6 +193,7 @@ def discard_output():
 
 def run(main):
     """Run a script's main(): a UserError is one line and status 2, a closed pipe is no error, Ctrl-C is 130."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")        # closed: what is said would go to standard output, into the music
     try:
         main()
         if sys.stdout:

@@ -19,7 +19,7 @@ from torchaudio.transforms import MelSpectrogram
 from tqdm import tqdm
 
 import data
-from common import UserError, check_streams, default_checkpoint, device_of, keep_memory, load, run, whole, writable
+from common import UserError, check_streams, default_checkpoint, device_of, finite, keep_memory, load, run, whole, writable
 from precision import PRECISIONS, to_precision
 from sample import SAMPLERS, decode_stream, known_words, pcm, sampling_settings, stream
 
@@ -237,7 +237,7 @@ def main():
     p.add_argument("--seeds", type=whole, default=8, help="number of streams")
     p.add_argument("--excerpts", type=whole, default=40, help="recordings of each side of the split, at most")
     p.add_argument("--steps", type=whole)
-    p.add_argument("--cfg", type=float)
+    p.add_argument("--cfg", type=finite)
     p.add_argument("--sampler", choices=SAMPLERS)
     p.add_argument("--picture", help="PNG with the mel spectrograms of a held-out recording and of a stream; not with --drift, which draws its own")
     p.add_argument("--keep", help="folder to keep the streams in, as FLAC")

@@ -39,7 +39,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchaudio.functional import melscale_fbanks
 
-from common import UserError, keep_memory, load, random_seed, read_checkpoint, run, save, save_whole, whole, writable
+from common import UserError, finite, keep_memory, load, random_seed, read_checkpoint, run, save, save_whole, whole, writable
 from data import audio_files, read_audio, split
 from finetune import average_gradients, micro_rows, start_processes
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta
@@ -511,7 +511,7 @@ def main():
     s.add_argument("--share", type=float, default=0.2, help="of that way")
     s.add_argument("--out", default="nano.pt")
     s.add_argument("--steps", type=whole, default=4)
-    s.add_argument("--cfg", type=float, default=1.0)
+    s.add_argument("--cfg", type=finite, default=1.0)
     s.add_argument("--sampler", choices=SAMPLERS, default="dpmpp")
     s.add_argument("--int8", action="store_true", help="recommend int8 on CPUs: measure.py --precision int8 gave the same figures")
     s.add_argument("--prompt", default="moderate arpeggios in C major on marimba")

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import UserError, default_checkpoint, device_of, discard_output, keep_memory, load, positive, random_seed, run, whole
+from common import UserError, default_checkpoint, device_of, discard_output, finite, keep_memory, load, positive, random_seed, run, whole
 from model import Cond, Conv1d, ConvTranspose1d, Memory, ResidualUnit, add_noise, alpha_sigma, denoise, schedule, words_of
 from precision import PRECISIONS, packs, to_precision
 from stable_audio_port import forget_t5, load_prompts
@@ -266,7 +266,7 @@ class Winograd:
     Polynomials of 6 and of 7 coefficients have a product that 12 values settle: take the values of each at 12 points, multiply,
     go back to coefficients. Transposed, those three steps are a convolution: 12 inputs are mixed into 12 sums, each sum goes
     through one matrix (the values of the taps' polynomial there), and what they give is mixed into 6 outputs. In float32 that is
-    off by 4e-6 of the outputs, where the convolution itself is by 2e-7."""
+    off by 5e-6 of the outputs, ten times as far as the convolution itself."""
     points = 1, -1, 0, 1 / 3, -1 / 3, 2 / 3, -2 / 3, 3 / 2, -3 / 2, 3, -3      # and infinity, where the last coefficient is the value
 
     def __init__(self, layer, most=512):
@@ -521,10 +521,11 @@ def side_by_side(model, threads):
 
 # ------------------------------------------------------------------------------------------------ output
 class WavWriter:
-    """16-bit PCM WAV to an open binary file, a pipe included. samples None: length unknown, mended at close if seekable."""
+    """16-bit PCM WAV to an open binary file, a pipe included. samples: the length, or None; mended at close where the file is seekable."""
 
     def __init__(self, file, rate, channels, samples=None):
-        self.file, self.rate, self.channels, self.written = file, rate, channels, 0
+        self.file, self.rate, self.channels, self.promised, self.written = file, rate, channels, samples, 0
+        self.start = file.tell() if file.seekable() else None
         self.header(samples)
 
     def header(self, samples):
@@ -539,8 +540,8 @@ class WavWriter:
         self.written += len(samples)
 
     def close(self):
-        if self.file.seekable():
-            self.file.seek(0)
+        if self.start is not None and self.written != self.promised:
+            self.file.seek(self.start)
             self.header(self.written)
             self.file.seek(0, os.SEEK_END)
         self.file.flush()
@@ -580,9 +581,9 @@ def parse(argv=None):
     # sampling
     p.add_argument("--seed", type=random_seed, default=0)
     p.add_argument("--steps", type=whole, help="denoising steps per block (default: the checkpoint's)")
-    p.add_argument("--cfg", type=float, help="guidance, 1 for none (default: the checkpoint's)")
+    p.add_argument("--cfg", type=finite, help="guidance, 1 for none (default: the checkpoint's)")
     p.add_argument("--sampler", choices=SAMPLERS, help="(default: the checkpoint's)")
-    p.add_argument("--no-cache", action="store_true", help="recompute the whole context at every step: slow, the same music but for rounding")
+    p.add_argument("--no-cache", action="store_true", help="recompute the whole context at every step: slow, the same music but for rounding (in int8 that makes another tune)")
     # machine
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: int8 where CPU and checkpoint suit it, else bf16 where it is faster")
@@ -592,14 +593,17 @@ def parse(argv=None):
 
 
 def known_words(model, prompt):
-    """The prompt without words that the checkpoint's own text encoder never met, which are named on standard error: their
-    vectors are random still, and make fewer, softer notes. T5 knows all words."""
-    words, known = words_of(prompt), model.sampling.get("words")
-    strange = [w for w in words if known and w not in known]
-    if not strange:
+    """The prompt without words that the checkpoint's own text encoder never met, whose vectors are random still and make fewer,
+    softer notes, and without those that it does not read because there are too many. They are named on standard error."""
+    c, words, known = model.config, words_of(prompt), model.sampling.get("words")
+    if c.text != "words":                                   # T5 knows all words
         return prompt
-    print(f"words that this model has not learned are left out: {', '.join(strange)}", file=sys.stderr)
-    return " ".join(w for w in words if w in known)
+    strange = [w for w in words if known and w not in known]
+    good = [w for w in words if w not in strange]
+    for which, left in ("that this model has not learned", strange), (f"beyond the {c.text_tokens} that it reads", good[c.text_tokens:]):
+        if left:
+            print(f"words {which} are left out: {', '.join(left)}", file=sys.stderr)
+    return prompt if good[:c.text_tokens] == words else " ".join(good[:c.text_tokens])
 
 
 def make_cond(model, prompt, prompt_file, numbers):
@@ -682,7 +686,7 @@ def audio_of(model, args, samples, together):
         # made when the first piece is asked for, once the output is open
         return (model.autoencoder.decode(clip(model, cond, c.clip, **options)) for _ in range(1)), f"{prompt!r}: one clip, {plan}"
     cond, prompt = make_cond(model, args.prompt, args.prompt_file, c.stream_numbers)
-    if args.prime:
+    if args.prime is not None:
         from data import encode_file                        # which imports torchaudio, for a second
         prime = encode_file(model, args.prime, c.reach_blocks * c.block)[None].to(args.device)
         if prime.shape[-1] < c.block:

@@ -637,6 +637,8 @@ def test_words_never_learned_are_left_out(tiny_file, music, tmp_path, call):
         played.append((tmp_path / "a.wav").read_bytes())
         assert status == 0 and ("left out: dreamy, warm" in err) == (prompt != "tone")
     assert played[0] == played[1]
+    status, err = call(sample.main, "--ckpt", "nano.pt", "--seconds", 0.1, "--prompt", "tone " * 8 + "dreamy", "--out", "a.wav")
+    assert status == 0 and "words beyond the 6 that it reads are left out: tone, tone\n" in err and f"'{'tone ' * 5}tone'" in err, err
     # ARC-Forcing on other music learns its words, as many of a prompt as the model reads
     for name in "ab":
         save_wav(tmp_path / f"other/{name}.wav", 0.8).with_suffix(".txt").write_text("xylophone that plays on and on, harmonica")
@@ -729,8 +731,11 @@ def test_margins_cover_the_receptive_field(side):
 
 
 def test_command_line_wav(tiny_file, tmp_path, call):
-    """Exact length; a pipe gets a true header; the short file is the start of the long one; --out says the same."""
-    short, long = (script("sample.py", "--ckpt", tiny_file, "--seconds", s) for s in (0.2, 0.4))
+    """Exact length; a pipe gets a true header; the short file is the start of the long one, whose standard error is closed; --out says the same."""
+    short = script("sample.py", "--ckpt", tiny_file, "--seconds", 0.2)
+    long = subprocess.run(f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'sample.py'))} --ckpt {shlex.quote(str(tiny_file))} --seconds 0.4 2>&-",
+                          shell=True, stdout=subprocess.PIPE)
+    assert long.returncode == 0 and len(long.stdout) == 44 + 4 * 17640
     assert short.returncode == 0, short.stderr.decode()
     audio, rate = soundfile.read(io.BytesIO(short.stdout), dtype="int16")
     assert rate == 44100 and audio.shape == (8820, 2) and soundfile.info(io.BytesIO(short.stdout)).subtype == "PCM_16"
@@ -765,6 +770,7 @@ def test_closed_pipe_and_interrupt(tiny_file, tmp_path):
     done = subprocess.run(line, shell=True, capture_output=True, timeout=60)
     assert done.stdout.strip() == b"1000" and b"Traceback" not in done.stderr and b"rror" not in done.stderr
     with open(tmp_path / "a.wav", "wb") as f:
+        f.write(b"before"), f.flush()                       # the header, mended at the end, stands where the output began
         player = subprocess.Popen([sys.executable, HERE / "sample.py", "--ckpt", tiny_file, "--seconds", "inf"], stdout=f, stderr=subprocess.PIPE,
                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a shell may ignore it
         while os.path.getsize(tmp_path / "a.wav") < 50000:
@@ -775,8 +781,8 @@ def test_closed_pipe_and_interrupt(tiny_file, tmp_path):
         finally:
             player.kill()
     assert player.returncode == 130 and b"Traceback" not in err
-    size = os.path.getsize(tmp_path / "a.wav")
-    assert soundfile.info(tmp_path / "a.wav").frames == (size - 44) // 4
+    made = (tmp_path / "a.wav").read_bytes()
+    assert made[:6] == b"before" and soundfile.info(io.BytesIO(made[6:])).frames == (len(made) - 50) // 4
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -847,6 +853,9 @@ BAD = [
     (sample.main, ["--ckpt", "{tiny}", "--out", "{tmp}/a.xyz"], "must end in .wav or .flac"),
     (sample.main, ["--ckpt", "{tiny}", "--prime", "{tmp}/none.wav", "--out", "{tmp}/a.wav"], "no such file"),
     (sample.main, ["--ckpt", "{tiny}", "--device", "warp", "--out", "{tmp}/a.wav"], "warp"),
+    (sample.main, ["--ckpt", "{tiny}", "--device", "hpu", "--out", "{tmp}/a.wav"], "hpu"),
+    (sample.main, ["--ckpt", "{tiny}", "--prime", "", "--out", "{tmp}/a.wav"], "no such file"),
+    (sample.main, ["--ckpt", "{tiny}", "--cfg", "nan", "--out", "{tmp}/a.wav"], "no finite number"),
     (finetune.main, ["--init", "{tiny}"], "--data is missing"),
     (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/nowhere"], "no such folder"),
     (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/empty"], "no readable audio"),
