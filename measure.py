@@ -161,7 +161,7 @@ def sound(model, dataset, prompts, args):
     distance = lambda sounds: frechet(torch.cat(sounds), reference)
     print(f"{'':10} {'n':>3} {'onsets/s':>9} {'chroma change':>14} {'level dB':>9} {'distance to held out':>21}")
     for name, side in sides.items():
-        mean = lambda f: np.nanmean([f(a, rate) for a in side])
+        mean = lambda f: torch.tensor([f(a, rate) for a in side]).nanmean().item()
         level = np.mean([20 * math.log10(a.square().mean().sqrt().item() + 1e-9) for a in side])
         apart = "" if name == "held out" else f"{distance(frames[name]):.1f}"
         print(f"{name:10} {len(side):3d} {mean(onsets_per_second):9.2f} {mean(chroma_change):14.3f} {level:9.1f} {apart:>21}")
