@@ -355,12 +355,14 @@ def main():
     teacher = None
     if done["warm G"] < args.g_warmup:
         teacher = load(args.init).to(device).requires_grad_(False)
+        if teacher.config != c:
+            raise UserError(f"--init {args.init} has other sizes, blocks or another regime than {args.out}: it is not its teacher")
         teaching = sampling_settings(teacher, args.teacher_steps, "euler", args.teacher_cfg)
     log = Log(Path(args.out).with_suffix(".csv"), ("step", "phase", "loss", "contrastive", "real", "fake", "wrong", "spread", "gradient",
                                                    "seconds"), sum(done.values())) if not rank else None
     million = lambda parameters: f"{sum(p.numel() for p in parameters) / 1e6:.1f} M"
     say(f"{'block-causal' if c.causal else 'encoder-decoder'}; G {million(players['G'])}, D {million(players['D'])} parameters to train, D from "
-        f"{args.init if args.base == 'none' else args.base}, layer {critic.layer}; {c.context} + {args.rollout} x {c.block} frames = "
+        f"{args.out if args.resume else args.init if args.base == 'none' else args.base}, layer {critic.layer}; {c.context} + {args.rollout} x {c.block} frames = "
         f"{frames / c.frame_rate:.1f} s, 1 to {args.most} denoising steps a block; batch {args.batch} = {world} processes x {args.accumulate} x "
         f"{args.batch // world // args.accumulate}; {device.type}, {choose_precision(args.precision, device)}; done {done}")
 

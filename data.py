@@ -185,6 +185,8 @@ def read_audio(file, config):
             yield from resampled(decoded(file, f, config.audio_channels), f.samplerate, config.sample_rate)
     except soundfile.SoundFileError as error:
         reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
+        if "not exist" in str(reason):                      # which it does, as was seen above: what MP3 readers say of nonsense
+            reason = "damaged, or of another kind than its name says"
         raise UserError(f"{file}: not readable as audio ({str(reason).strip(' .')})") from None
 
 

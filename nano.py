@@ -455,8 +455,8 @@ def pack(args):
     model = load(args.ckpt)
     if args.arc:
         forced, model.stage = load(args.arc), "arc"
-        if [p.shape for p in forced.parameters()] != [p.shape for p in model.parameters()]:
-            raise UserError(f"{args.arc} has other sizes than {args.ckpt}: it cannot have been trained from it")
+        if forced.config != model.config:
+            raise UserError(f"{args.arc} has other sizes, blocks or another regime than {args.ckpt}: it cannot have been trained from it")
         blend(model, forced, args.share)
     if args.autoencoder:
         newest = load(args.autoencoder).autoencoder

@@ -611,9 +611,10 @@ def test_pack_takes_a_newer_decoder(tmp_path, call):
     assert torch.allclose(packed.autoencoder.decoder[0].weight, newer.autoencoder.decoder[0].weight, atol=1e-3)
     assert torch.allclose(packed.dit.project_in.weight, model.dit.project_in.weight, atol=1e-3)
     assert call(nano.main, "pack", "--ckpt", "model.pt", "--arc", "forced.pt", "--share", 0.25, "--out", "packed.pt")[0] == 0
-    common.save(tiny(depth=2), tmp_path / "smaller.pt")
-    status, err = call(nano.main, "pack", "--ckpt", "model.pt", "--arc", "smaller.pt", "--out", "no.pt")
-    assert status == 2 and "other sizes" in err and not (tmp_path / "no.pt").exists()
+    for other in dict(depth=2), dict(causal=not TINY.causal), dict(block=TINY.block // 2):
+        common.save(tiny(**other), tmp_path / "another.pt")
+        status, err = call(nano.main, "pack", "--ckpt", "model.pt", "--arc", "another.pt", "--out", "no.pt")
+        assert status == 2 and "other sizes" in err and not (tmp_path / "no.pt").exists()
     mixed = 0.75 * model.dit.project_in.weight + 0.25 * forced.dit.project_in.weight
     packed = sample.load(tmp_path / "packed.pt")
     assert torch.allclose(packed.dit.project_in.weight, mixed, atol=1e-3)
@@ -1311,7 +1312,7 @@ def test_bad_files_are_named_and_skipped(encoder, tmp_path, capsys):
     bad = dict(d.skipped)
     assert set(bad) == {"blip.wav", "empty.flac", "notes.txt", "text.wav", "noise.mp3", "nan.wav", "cut.flac",
                         "hole.ogg", "dead.wav"}
-    assert "0.20 s" in bad["blip.wav"] and "damaged" in bad["hole.ogg"]
+    assert "0.20 s" in bad["blip.wav"] and "damaged" in bad["hole.ogg"] and "damaged" in bad["noise.mp3"]
     assert "empty" in bad["empty.flac"] and "not numbers" in bad["nan.wav"]
     assert [t.name for t in d.tracks] == ["good too.wav", "good.wav"]
     told = capsys.readouterr().err
@@ -2054,6 +2055,9 @@ def test_arc_kill_and_resume_equals_unbroken(finetuned, call):
     assert sample.sampling_settings(sample.load(finetuned / "a" / "arc.pt")) == dict(sampler="pingpong", steps=3, cfg=1.0)
     # from the game back to a longer warm-up of D, with other steps a block
     assert (done := call(arc_forcing.main, "--resume", "--out", "b/arc.pt", "--d-warmup", 3, "--most", 2, cwd=finetuned))[0] == 0, done
+    common.save(tiny(), finetuned / "b" / "causal.pt")
+    status, err = call(arc_forcing.main, "--resume", "--out", "b/arc.pt", "--g-warmup", 9, "--init", "b/causal.pt", cwd=finetuned)
+    assert status == 2 and "b/causal.pt has other sizes, blocks or another regime" in err
     assert rows_of(log)[9]["phase"] == "warm D" and len(rows_of(log)) == 10
     assert sample.load(finetuned / "b" / "arc.pt").sampling["steps"] == 2
 
