@@ -304,7 +304,7 @@ def of_all(mine, world):
 
 
 def main():
-    args, saved = parse(parser(), "base")
+    args, saved = parse(parser())
     if saved is None:
         fill_in(args)
     elif "discriminator" not in saved:
@@ -332,7 +332,7 @@ def main():
     dataset = prepare_once(args.data, model, device, rank, world)
     texts = encode_texts(model, dataset.tracks)
     critic_texts = texts if base is model else encode_texts(base, dataset.tracks)
-    learns = dict(prompt=dataset.train[0].prompt, words=words_met(model, dataset.train))
+    learns = dict(prompt=dataset.train[0].prompt, words=words_met(model, dataset.train) if model.sampling.get("words") else [])
     del base
     model.to(device).requires_grad_(False)
     critic.to(device)

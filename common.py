@@ -193,7 +193,7 @@ def discard_output():
 
 def run(main):
     """Run a script's main(): a UserError is one line and status 2, a closed pipe is no error, Ctrl-C is 130."""
-    sys.stderr = sys.stderr or open(os.devnull, "w")        # closed: what is said would go to standard output, into the music
+    sys.stderr = sys.stderr or open(os.devnull, "w", errors="replace")     # closed: what is said would go to standard output, into the music
     try:
         main()
         if sys.stdout:

@@ -105,7 +105,7 @@ def caption_files(file):
 
 
 def clean(text):
-    """'03 - night_drive' -> 'night drive': a track's number goes. What is only a number stays, and what may be part of a name."""
+    """'03 - night_drive' -> 'night drive': a track's number goes, as far as a name can tell. What is only a number stays, and a tempo (90 bpm)."""
     text = " ".join(text.replace("_", " ").split())
     number = r"(\d{1,2}-)?(0\d+[-.)\s]|\d\d[-\s](?!\s*bpm)|\d+\s*[.)](?!\d)|\d+\s+-)"
     return re.sub(rf"^{number}[-.\s]*(?=\S)", "", text, flags=re.IGNORECASE)

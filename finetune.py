@@ -253,7 +253,8 @@ def parse(p, *fixed):
         p.set_defaults(**{**saved["args"], "out": args.out})    # which may have been moved
         args = p.parse_args()
         for name in fixed:
-            if (begun := saved["args"].get(name)) not in (None, getattr(args, name)):
+            begun = saved["args"].get(name, getattr(args, name))
+            if Path(begun).resolve() != Path(getattr(args, name)).resolve():    # of what is no path too
                 raise UserError(f"{args.out} was begun with {name} {begun}; --resume cannot change that")
     return args, saved
 

@@ -2100,7 +2100,6 @@ ARC_BAD = [
     (["--init", "{tiny}", "--data", "{tmp}", "--rollout", "0"], "less than 1"),
     (["--init", "{tiny}", "--data", "{tmp}", "--g-warmup", "1", "--out", "{tiny}"], "would overwrite the warm-up's teacher"),
     (["--resume", "--out", "{tmp}/finetune.pt"], "no ARC-Forcing to resume"),
-    (["--resume", "--out", "{tmp}/begun.pt", "--base", "{tmp}/base.pt"], "was begun with base none"),
     (["--resume", "--out", "{tiny}"], "no training to resume"),
 ]
 
