@@ -241,10 +241,8 @@ def parser():
     return p
 
 
-def parse(p, *fixed):
-    """Arguments; with --resume the ones not given are those of the run to be resumed. Returns (args, checkpoint or None).
-
-    fixed: names of arguments that such a run has no use for any more, UserError where they are others now."""
+def parse(p):
+    """Arguments; with --resume the ones not given are those of the run to be resumed. Returns (args, checkpoint or None)."""
     args, saved = p.parse_args(), None
     if args.resume:
         saved = read_checkpoint(args.out)
@@ -252,10 +250,6 @@ def parse(p, *fixed):
             raise UserError(f"{args.out} holds no training to resume")
         p.set_defaults(**{**saved["args"], "out": args.out})    # which may have been moved
         args = p.parse_args()
-        for name in fixed:
-            begun = saved["args"].get(name, getattr(args, name))
-            if Path(begun).resolve() != Path(getattr(args, name)).resolve():    # of what is no path too
-                raise UserError(f"{args.out} was begun with {name} {begun}; --resume cannot change that")
     return args, saved
 
 
@@ -289,7 +283,7 @@ def learning_rate(step, args):
 
 
 def main():
-    args, saved = parse(parser(), "init", "preset")
+    args, saved = parse(parser())
     if saved is not None and "optimizer" not in saved:
         raise UserError(f"{args.out} holds no finetuning to resume")
     if args.data is None:
@@ -304,9 +298,11 @@ def main():
     rows = micro_rows(args.batch, args.accumulate, world, rank)
     torch.manual_seed(args.seed)                            # for weights that start at random
     model = start_model(args) if saved is None else load(args.out)
-    for name in "causal", "block", "context_blocks":
-        if getattr(args, name) not in (None, getattr(model.config, name)):
-            raise UserError(f"{args.out} was begun with {name} {getattr(model.config, name)}; --resume cannot change that")
+    begun = {} if saved is None else {**saved["args"], **model.config.to_dict()}
+    for name in "init", "preset", "causal", "block", "context_blocks":
+        now = getattr(args, name)
+        if now is not None and Path(str(now)).resolve() != Path(str(begun.get(name, now))).resolve():     # --init may be spelled otherwise
+            raise UserError(f"{args.out} was begun with {name} {begun[name]}; --resume cannot change that")
     c, precision, say = model.config, precision_of(args.precision, device), lambda text: rank or print(text, file=sys.stderr)
     args.blocks = args.blocks if c.causal else 1
 
