@@ -26,12 +26,12 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from common import UserError, check_streams, finite, load, random_seed, read_checkpoint, return_memory, run, save, whole, writable
+from common import (UserError, check_streams, finite, load, random_seed, read_checkpoint, run, save, speed,
+                    training_precision, whole, writable)
 from finetune import (Log, average_gradients, condition, encode_texts, micro_rows, missing_context, parse, peak_memory, prepare_once,
                       render_sample, start_processes, words_met)
 from model import Conditioner, Config, DiT, add_noise, alpha_sigma, denoise, noise_level, schedule, shift_time, velocity
-from precision import choose_precision, precision_of
-from sample import Context, denoise_block, sampling_settings, with_guidance, with_null
+from sample import Context, denoise_block, sampling_settings, with_null
 
 PHASES = "warm D", "warm G", "D", "G"                       # in this order; the last two, the game, in turns
 CONTRAST = 1.0                                              # lambda: weight of D's loss on wrong prompts
@@ -167,8 +167,8 @@ def evaluate(model, context, x, t, precision):
 @torch.no_grad()
 def trajectory(teacher, cond, prime, levels, cfg, draw):
     """The finetuned model's own path to the block after prime: (x_t, t) of every evaluation, and its end (B, C, block)."""
-    context, seen = Context(teacher, teacher.dit.memory(with_null(cond, cfg)), prime), []
-    end = denoise_block(recorded(with_guidance(context.predict, cfg), seen), draw(), levels, "euler", teacher.config.objective, draw)
+    context, seen = Context(teacher, teacher.dit.encode_prompt(with_null(cond, cfg)), prime), []
+    end = denoise_block(recorded(context.predict, seen), draw(), levels, "euler", teacher.config.objective, draw, cfg)
     return seen, end
 
 
@@ -317,7 +317,8 @@ def main():
         torch.set_num_threads(args.threads)
     rank, world, device = start_processes(args.device)
     if args.remat and device.type == "cpu":
-        return_memory()
+        if speed:
+            speed.return_memory()
     rows = micro_rows(args.batch, args.accumulate, world, rank)
     torch.manual_seed(args.seed)                            # for the head's first weights
     say = lambda text: rank or print(text, file=sys.stderr)
@@ -326,7 +327,8 @@ def main():
     if data.fingerprint(base) != data.fingerprint(model):
         raise UserError(f"--base {args.base} and --init {args.init} have different autoencoders: their latents do not compare")
     critic = start_discriminator(base, saved)
-    c, precision = model.config, precision_of(args.precision, device)
+    c = model.config
+    precision_name, precision = training_precision(args.precision, device)
     frames, levels = c.context + args.rollout * c.block, schedule(args.most)[:-1].to(device)
 
     dataset = prepare_once(args.data, model, device, rank, world)
@@ -364,7 +366,7 @@ def main():
     say(f"{'block-causal' if c.causal else 'encoder-decoder'}; G {million(players['G'])}, D {million(players['D'])} parameters to train, D from "
         f"{args.out if args.resume else args.init if args.base == 'none' else args.base}, layer {critic.layer}; {c.context} + {args.rollout} x {c.block} frames = "
         f"{frames / c.frame_rate:.1f} s, 1 to {args.most} denoising steps a block; batch {args.batch} = {world} processes x {args.accumulate} x "
-        f"{args.batch // world // args.accumulate}; {device.type}, {choose_precision(args.precision, device)}; done {done}")
+        f"{args.batch // world // args.accumulate}; {device.type}, {precision_name}; done {done}")
 
     def write():
         if not rank:
@@ -401,7 +403,7 @@ def main():
                     prime, prompts = pick_up(streams, items, prime, prompts, b.rng.random(args.batch) < RESTART)
                 with precision(), torch.set_grad_enabled(phase != "D"):
                     cond = condition(model, texts, prompts, device)
-                    memory = model.dit.memory(cond)
+                    memory = model.dit.encode_prompt(cond)
 
                 # --- G learns where its teacher's path leads, from some of the points on the way
                 if phase == "warm G":

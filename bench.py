@@ -8,7 +8,7 @@ Columns, in milliseconds. step: one denoising step with the cache; block: all st
 the cache included; floor: the block's matrix products and attentions alone, as bare library calls on the same shapes (a
 block can be faster: large weights lie in another order for it); outpaint: the same network over the whole window at every
 step, which is what outpainting does; decode: the block to audio, streaming; its floor: the decoder's convolutions alone, as
-the library has them (in float32 `Winograd` in sample.py can be faster); whole: the share of a block where eight are decoded at once. Then everything as `sample.py` plays it:
+the library has them (in float32 `Winograd` in speed.py can be faster); whole: the share of a block where eight are decoded at once. Then everything as `sample.py` plays it:
 round trip, from noise drawn on the host to audio on the host, of the whole batch (where a CPU decodes one block while it
 makes the next, the time between two); times real time, the batch's together; and seconds from the start of the stream to its
 first audio, which on a GPU `sample.py --compile` holds back. There everything is recorded as CUDA graphs, the floors too, and
@@ -26,10 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import device_of, keep_memory, random_seed, run, whole
-from model import LMDM, PRESETS, Conv1d, ConvTranspose1d, channels_last, schedule
-from precision import PRECISIONS, Int8Linear, PackedLinear, has_bf16, to_precision
-from sample import Context, Graphed, StreamingDecoder, as_it_is, block_by_block, compile_layers, decode_stream, pcm, prefetch, side_by_side, stream
+from audio import decode_stream, pcm
+from common import PRECISIONS, device_of, random_seed, run, whole
+from model import LMDM, PRESETS, Numbered, schedule
+from sample import Context, denoise_block, stream
+from speed import (Graphed, Int8Linear, PackedLinear, StreamingDecoder, channels_last, compile_layers, graphed_block,
+                   has_bf16, keep_memory, prefetch, side_by_side, to_precision)
 
 
 def unmeasured(device):
@@ -110,7 +112,7 @@ def block_floor(model, cond, context, steps):
 
 def decode_floor(autoencoder, latents):
     """A function of the decoder's convolutions alone, for these latents."""
-    calls = recorded(autoencoder.decoder, (Conv1d, ConvTranspose1d), lambda: autoencoder.decode(latents))
+    calls = recorded(autoencoder.decoder, (nn.Conv1d, nn.ConvTranspose1d), lambda: autoencoder.decode(latents))
     calls = [(conv, channels_last(x)) for conv, x in calls]
     return lambda: [conv(x) for conv, x in calls][-1]
 
@@ -125,20 +127,20 @@ def row(preset, causal, steps, batch, args, device, precision):
     cond = model.conditioner(text, **c.stream_numbers)
     latents = torch.randn(batch, c.latent_channels, c.context, device=device)
     block, levels = latents[..., :c.block], schedule(steps)[:-1].to(device)
-    window, memory = tuple(range(c.context_blocks)), model.dit.memory(cond)
+    window, memory = tuple(range(c.context_blocks)), model.dit.encode_prompt(cond)
     one = batch == 1
     floors = (block_floor(model, cond, Context(model, memory, latents), steps), decode_floor(model.autoencoder, block)) if one else (None, None)
     if args.compile:
         compile_layers(model)
-    decoder, noise = StreamingDecoder(model.autoencoder, args.compile), torch.stack([block] * steps)
-    make, cached = block_by_block(Context(model, memory, latents), levels, "pingpong"), Context(model, memory, latents)
-    with as_it_is():
-        cached.predict(block, levels[0])                    # nothing waits any more: a later step
+    decoder = StreamingDecoder(model.autoencoder, args.compile)
+    make = block_maker(Context(model, memory, latents), levels)
+    cached = Context(model, memory, latents)
+    cached.predict(block, levels[0])                        # nothing waits any more: a later step
     step, floor, decode_floor_, outpaint, whole_ = map(graphed, (
         lambda: cached.predict(block, levels[0]), *floors,
-        lambda: [model.dit.blocks(memory, block, t.expand(batch, 1), (len(window),), latents, window)[0] for t in levels][-1],
+        lambda: [model.dit.blocks(memory, Numbered(block, (len(window),)), t.expand(batch, 1), Numbered(latents, window))[0] for t in levels][-1],
         lambda: model.autoencoder.decode(block.repeat(1, 1, 8))))
-    ours = {"step": lambda: step(block), "block": lambda: make(noise), "decode": lambda: decoder(block)}
+    ours = {"step": lambda: step(block), "block": lambda: make(lambda: block), "decode": lambda: decoder(block)}
     beside = {"floor": lambda: floor(block), "outpaint": lambda: outpaint(block), "decode floor": lambda: decode_floor_(block),
               "whole": lambda: whole_(block)}
     times = dict.fromkeys(beside, math.nan) | medians(ours | beside if one else ours, args.repeats, device)
@@ -162,6 +164,18 @@ def row(preset, causal, steps, batch, args, device, precision):
     return {**times, "round trip": 1e3 * np.median(trips), "x real time": batch * block_seconds / trips.mean(), "first": played[0],
             "weights": steps * sum(size_of(layer) - size_of(layer.cross_attention.kv) for layer in model.dit.layers)
                        + size_of(model.autoencoder.decoder)}
+
+
+def block_maker(context, levels):
+    """The step of `sample.stream`: a function of draw() -> noise that makes the next block and appends it to the context."""
+    if levels.device.type == "cuda":
+        return graphed_block(context, denoise_block, levels, "pingpong", 1.0)
+
+    def make(draw):
+        x = denoise_block(context.predict, draw(), levels, "pingpong", context.model.config.objective, draw)
+        context.append(x)
+        return x
+    return make
 
 
 def size_of(module):

@@ -1,7 +1,6 @@
-"""What the scripts share: checkpoints on disk, the device, a process's memory, numbers on the command line, how a script ends."""
+"""What the scripts share: checkpoints on disk, the device, numbers on the command line, how a script ends."""
 import argparse
 import contextlib
-import ctypes
 import math
 import os
 import sys
@@ -11,16 +10,22 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-from model import LMDM, Config
+from model import LMDM, Config, UserError
 
+try:
+    import speed
+except ModuleNotFoundError as error:    # speed.py only makes things faster: all else works without it
+    if error.name != "speed":
+        raise
+    speed = None
 
-class UserError(Exception):
-    """Something the user can mend: scripts print it as one line and exit with status 2."""
+PRECISIONS = "auto", "float32", "bf16", "int8"
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 def writable(path):
-    """Path of a file that is to be written later. UserError where it cannot be, before any work is done for it."""
+    """Path of a file that is to be written later. UserError where it cannot be, before any work is done for
+    it."""
     path = Path(path)
     there = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir():
@@ -31,7 +36,8 @@ def writable(path):
 
 
 def write_whole(path, write):
-    """write(file) to a temporary name, then rename: a killed run leaves no half file that a later one would trust."""
+    """write(file) to a temporary name, then rename: a killed run leaves no half file that a later one would
+    trust."""
     part = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -54,9 +60,11 @@ def save_whole(content, path):
 
 
 def save(model, path, step=0, made="", dtype=None, **extra):
-    """Write config, weights, stage, step and how it was made to one file, whole or not at all. extra: plain values.
+    """Write config, weights, stage, step and how it was made to one file, whole or not at all. extra: plain
+    values.
 
-    Raises UserError where it cannot be written, and for weights that are not finite: the file of before is worth more."""
+    Raises UserError where it cannot be written, and for weights that are not finite: the file of before is
+    worth more."""
     # only matrices are rounded: vectors (norms, frequencies, biases) are small and sensitive
     weights = {k: v.to("cpu", dtype if dtype and v.ndim > 1 else v.dtype) for k, v in model.state_dict().items()}
     judge = extra.get("discriminator", {}).get("weights", {})
@@ -71,7 +79,8 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=os.name != "nt")       # which replaces no file that is mapped
+        # which replaces no file that is mapped
+        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=os.name != "nt")
     except Exception as error:
         raise UserError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:100]})") from None
     if not isinstance(saved, dict) or not {"config", "weights", "stage"} <= set(saved):
@@ -80,7 +89,8 @@ def read_checkpoint(path):
 
 
 class Unfilled(TorchFunctionMode):
-    """Modules made under it get no first weights: they are about to be loaded, and random numbers on "meta" import a compiler."""
+    """Modules made under it get no first weights: they are about to be loaded, and random numbers on "meta"
+    import a compiler."""
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
@@ -133,28 +143,37 @@ def device_of(name):
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("rotary angles need float64: cpu or cuda")
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)                   # what waits for "the" GPU, or asks for its memory, means this one
+            torch.cuda.set_device(device)  # what waits for "the" GPU, or asks for its memory, means this one
         return device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]})") from None
 
 
-def mallopt(options):
-    """Set glibc's options for memory, {option: value}; another C library does as it likes."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        for option, value in options.items():
-            ctypes.CDLL(None).mallopt(option, value)
+def needs_speed(option):
+    """UserError for an option that only speed.py can serve."""
+    if speed is None:
+        raise UserError(f"{option} needs speed.py, which is not beside this script")
 
 
-def keep_memory():
-    """glibc returns large tensors to the kernel when freed, and gets them back page by page, zeroed: have it keep them."""
-    mallopt({-4: 0, -1: 2 ** 31 - 1, -2: 2 ** 26})          # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+def playing_precision(model, name):
+    """Put a model that only plays from now on into the precision of this name; see `speed.to_precision`.
+
+    Returns the one taken: float32 where there is no speed.py. Raises UserError."""
+    if speed:
+        return speed.to_precision(model, name)
+    if name not in ("auto", "float32"):
+        needs_speed(f"--precision {name}")
+    return "float32"
 
 
-def return_memory():
-    """On the CPU, checkpointing frees activations between what it keeps, and glibc would hold on to all those holes: have every
-    tensor over 1 MiB mapped, and so returned, on its own. Half the peak, a little slower."""
-    mallopt({-4: 2 ** 16, -3: 2 ** 20})                     # M_MMAP_MAX, M_MMAP_THRESHOLD
+def training_precision(name, device):
+    """"auto", "float32" or "bf16" -> the one to train in, and a function that makes the context manager for
+    it.
+
+    Weights and optimizer stay float32. auto is bf16 where matrix products in it are faster."""
+    if name == "bf16" or name == "auto" and speed and speed.has_bf16(device):
+        return "bf16", lambda: torch.autocast(device.type, torch.bfloat16)
+    return "float32", contextlib.nullcontext
 
 
 # ------------------------------------------------------------------------------------------------ scripts
@@ -187,13 +206,16 @@ def random_seed(text):
 
 
 def discard_output():
-    """What is still to be written to standard output goes nowhere, so that Python does not complain at exit."""
+    """What is still to be written to standard output goes nowhere, so that Python does not complain at
+    exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(main):
-    """Run a script's main(): a UserError is one line and status 2, a closed pipe is no error, Ctrl-C is 130."""
-    sys.stderr = sys.stderr or open(os.devnull, "w", errors="replace")     # closed: what is said would go to standard output, into the music
+    """Run a script's main(): a UserError is one line and status 2, a closed pipe is no error, Ctrl-C is
+    130."""
+    # closed: what is said would go to standard output, into the music
+    sys.stderr = sys.stderr or open(os.devnull, "w", errors="replace")
     try:
         main()
         if sys.stdout:

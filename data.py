@@ -18,7 +18,6 @@ import re
 import sys
 import zlib
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -26,15 +25,14 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 import torch
-from torchaudio.transforms import Resample
 from tqdm import tqdm
 
-from common import UserError, device_of, keep_memory, load, run, write_whole
+from audio import encode_chunks, read_audio
+from common import UserError, device_of, load, run, speed, write_whole
 
 AUDIO = set(".wav .wave .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .w64 .rf64 .caf".split())
 BESIDE = set(".jpg .jpeg .png .gif .webp .pdf .m3u .m3u8 .cue .log .npy .pt .json".split())     # no music, no mistake
 METADATA = "metadata.csv", "metadata.jsonl"
-PIECE = 5                                                   # seconds of audio held and encoded at once
 SHORTEST = 0.5                                              # seconds; a shorter clip is no music
 
 
@@ -127,102 +125,7 @@ def prompt_of(file, folder, metadata):
     return f"{clean(file.stem)}, {clean(Path(os.path.abspath(file)).parent.name)}"
 
 
-# ------------------------------------------------------------------------------------------------ audio
-def overlapped(chunks, size, margin):
-    """Regroup a stream of tensors (..., n): pieces of `size`, with up to `margin` of their neighbours on both sides.
-
-    Yields (piece, left, keep): its own samples are piece[..., left:left + keep]. Neighbours are missing only at the
-    stream's ends, so a filter that sees no further than `margin` gives for the pieces what it gives for the whole."""
-    held, left = None, 0
-    for chunk in chunks:
-        held = chunk if held is None else torch.cat([held, chunk], dim=-1)
-        while held.shape[-1] >= left + size + margin:
-            yield held[..., :left + size + margin], left, size
-            held, left = held[..., max(0, left + size - margin):], min(margin, left + size)
-    while held is not None and held.shape[-1] > left:
-        yield held[..., :left + size + margin], left, min(size, held.shape[-1] - left)
-        held, left = held[..., max(0, left + size - margin):], min(margin, left + size)
-
-
-def resampled(chunks, rate, new_rate):
-    """A stream of (2, n) at `rate` -> the same at `new_rate`: whole periods of the filter at a time."""
-    ratio = Fraction(rate, new_rate).limit_denominator(1000)    # an odd rate would need gigabytes of filters
-    p, q = ratio.numerator, ratio.denominator
-    if p == q:
-        yield from chunks
-        return
-    resample = Resample(p, q)
-    margin, size = (resample.width // p + 1) * p, max(1, rate // p) * p
-    for piece, left, keep in overlapped(chunks, size, margin):
-        start = left // p * q
-        yield resample(piece.contiguous())[..., start:start - (-keep * q // p)]     # up to ceil(keep * q / p)
-
-
-def decoded(file, f, channels):
-    """An open SoundFile -> float32 tensors (channels, n) at its own rate. Mono is doubled; of more, the first two."""
-    done = 0
-    while len(audio := f.read(PIECE * f.samplerate, dtype="float32", always_2d=True)):
-        if not np.isfinite(audio).all():
-            raise UserError(f"{file}: holds samples that are not numbers, after {done / f.samplerate:.0f} s")
-        done += len(audio)
-        yield torch.from_numpy(audio.T[:channels].copy()).expand(channels, -1)
-    # where others raise, Ogg readers just stop at a hole; sound files in the wild promise a little too much
-    if f.format == "OGG" and done < f.frames - f.samplerate / 4:
-        raise UserError(f"{file}: damaged, {done / f.samplerate:.1f} of {f.frames / f.samplerate:.1f} s are readable")
-
-
-def read_audio(file, config):
-    """File -> float32 tensors (2, n) at the model's rate, a few seconds each. UserError naming file and reason."""
-    file = Path(file)
-    if not file.is_file():
-        raise UserError(f"{file}: no such file, or a broken link")
-    if file.stat().st_size == 0:
-        raise UserError(f"{file}: empty file")
-    try:
-        with soundfile.SoundFile(file) as f:
-            if not 1000 <= f.samplerate <= 1000000:         # a damaged header
-                raise UserError(f"{file}: a sample rate of {f.samplerate} Hz")
-            yield from resampled(decoded(file, f, config.audio_channels), f.samplerate, config.sample_rate)
-    except soundfile.SoundFileError as error:
-        reason = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
-        if "not exist" in str(reason):                      # which it does, as was seen above: what MP3 readers say of nonsense
-            reason = "damaged, or of another kind than its name says"
-        raise UserError(f"{file}: not readable as audio ({str(reason).strip(' .')})") from None
-
-
 # ------------------------------------------------------------------------------------------------ latents
-def encode_chunks(autoencoder, config, audio_chunks):
-    """Audio tensors (2, n) -> latents (C, n) float32 on the CPU, piece by piece, as if encoded whole."""
-    device = next(autoencoder.parameters()).device
-    margin = config.encoder_margin
-    size = max(margin, round(PIECE * config.frame_rate))
-    for piece, left, keep in overlapped(audio_chunks, size * config.hop, margin * config.hop):
-        if keep >= config.hop:
-            with torch.no_grad():
-                latents = autoencoder.encode(piece[None].to(device))[0]                     # (C, frames)
-            yield latents[:, left // config.hop:(left + keep) // config.hop].float().cpu()
-
-
-def last_samples(chunks, hop, frames):
-    """Of a stream of tensors (2, n) the end, from the start of a frame on, with at most `frames` whole ones."""
-    end = torch.empty(0)
-    for chunk in chunks:
-        end = torch.cat([end, chunk], dim=-1) if len(end) else chunk
-        end = end[:, max(0, end.shape[-1] // hop - frames) * hop:]
-    return end
-
-
-def encode_file(model, file, last=None):
-    """File -> latents (C, T) float32 on the CPU, or only the `last` frames. UserError when it is unreadable or shorter than a frame."""
-    c, chunks = model.config, read_audio(file, model.config)
-    if last:
-        chunks = [last_samples(chunks, c.hop, last + c.encoder_margin)]     # the last frames hear so much before them
-    latents = list(encode_chunks(model.autoencoder, c, chunks))
-    if not latents:
-        raise UserError(f"{file}: too short, less than one latent frame")
-    return torch.cat(latents, dim=1)[:, -(last or 0):]
-
-
 def at_least_a_block(file, chunks, config):
     """Pass audio on; refuse a clip under `SHORTEST` and fill one under a block with silence at its end."""
     samples = 0
@@ -416,7 +319,8 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
-    keep_memory()
+    if speed:
+        speed.keep_memory()
     dataset = prepare(args.data, load(args.ckpt), args.latents, device_of(args.device))
     held_out = {t.name for t in dataset.validation}
     for track in dataset.tracks[:20]:

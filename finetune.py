@@ -24,15 +24,15 @@ from torch.quasirandom import SobolEngine
 from tqdm import tqdm
 
 import data
-from common import UserError, device_of, keep_memory, load, random_seed, read_checkpoint, run, save, whole, writable
-from model import LMDM, PRESETS, Cond, add_noise, shift_time, velocity, words_of
-from precision import choose_precision, precision_of
-from sample import WavWriter, decode_stream, pcm, prefetch, stream
-from stable_audio_port import forget_t5
+from audio import WavWriter, decode_stream, pcm
+from common import (UserError, device_of, load, random_seed, read_checkpoint, run, save, speed, training_precision, whole,
+                    writable)
+from model import LMDM, PRESETS, Cond, Numbered, add_noise, forget_t5, shift_time, velocity, words_of
+from sample import stream
 
 
 # ------------------------------------------------------------------------------------------------ the loss
-def block_losses(model, memory, latents, noise, t, remat=False):
+def block_losses(model, prompt, latents, noise, t, remat=False):
     """Mean squared error on v of the last m blocks of latents (B, C, n * block), each at its own level t (B, m).
 
     One pass over [clean blocks | noisy blocks | timestep tokens]: noisy block i sees the clean blocks before it, never
@@ -41,8 +41,9 @@ def block_losses(model, memory, latents, noise, t, remat=False):
     n = latents.shape[-1] // c.block
     x0 = latents[..., -m * c.block:]
     level = t.repeat_interleave(c.block, dim=1)[:, None]                                    # (B, 1, m * block)
-    v = model.dit.blocks(memory, add_noise(x0, noise, level, c.objective), t, tuple(range(n - m, n)),
-                         latents[..., :-c.block], tuple(range(n - 1)), remat=remat)[0]
+    noisy = Numbered(add_noise(x0, noise, level, c.objective), tuple(range(n - m, n)))
+    clean = Numbered(latents[..., :-c.block], tuple(range(n - 1)))
+    v, _ = model.dit.blocks(prompt, noisy, t, clean, remat=remat)
     error = (v.float() - velocity(x0, noise, level, c.objective)).square()
     return error.unflatten(-1, (m, c.block)).mean(dim=(1, 3))
 
@@ -89,8 +90,8 @@ def validation_loss(model, tracks, texts, args, device, precision):
     weights, total, size = block_weights(absent, c, blocks), 0.0, max(1, args.batch // args.accumulate)
     for rows in (slice(i, i + size) for i in range(0, count, size)):
         with precision():
-            memory = model.dit.memory(condition(model, texts, prompts[rows], device))
-            loss = block_losses(model, memory, *(y[rows].to(device) for y in (latents, noise, t)))
+            prompt = model.dit.encode_prompt(condition(model, texts, prompts[rows], device))
+            loss = block_losses(model, prompt, *(y[rows].to(device) for y in (latents, noise, t)))
         total += (loss.cpu() * weights[rows]).sum().item()
     return total / (weights.sum().item())
 
@@ -98,7 +99,7 @@ def validation_loss(model, tracks, texts, args, device, precision):
 # ------------------------------------------------------------------------------------------------ prompts
 def encode_texts(model, tracks):
     """Where prompts go through T5: {prompt: embedding}, made once. The word table is trained, so it is asked each step."""
-    if model.config.text == "words":
+    if model.conditioner.text_encoder.trains:
         return None
     prompts = sorted({t.prompt for t in tracks})
     with torch.no_grad():
@@ -273,7 +274,7 @@ def start_model(args):
 def words_met(model, tracks):
     """The words whose vectors are no longer random once the model's own text encoder has learned these tracks' prompts too. T5 knows all."""
     c = model.config
-    read = (w for track in tracks for w in words_of(track.prompt)[:c.text_tokens]) if c.text == "words" else ()
+    read = (w for track in tracks for w in words_of(track.prompt)[:c.text_tokens]) if model.conditioner.text_encoder.trains else ()
     return sorted({*model.sampling.get("words", []), *read})
 
 
@@ -294,7 +295,8 @@ def main():
         torch.set_num_threads(args.threads)
     rank, world, device = start_processes(args.device)
     if not args.remat:                                      # activation checkpointing is for those short of memory
-        keep_memory()
+        if speed:
+            speed.keep_memory()
     rows = micro_rows(args.batch, args.accumulate, world, rank)
     torch.manual_seed(args.seed)                            # for weights that start at random
     model = start_model(args) if saved is None else load(args.out)
@@ -303,7 +305,8 @@ def main():
         now = getattr(args, name)
         if now is not None and Path(str(now)).resolve() != Path(str(begun.get(name, now))).resolve():     # --init may be spelled otherwise
             raise UserError(f"{args.out} was begun with {name} {begun[name]}; --resume cannot change that")
-    c, precision, say = model.config, precision_of(args.precision, device), lambda text: rank or print(text, file=sys.stderr)
+    precision_name, precision = training_precision(args.precision, device)
+    c, say = model.config, lambda text: rank or print(text, file=sys.stderr)
     args.blocks = args.blocks if c.causal else 1
 
     dataset = prepare_once(args.data, model, device, rank, world)
@@ -323,7 +326,7 @@ def main():
     say(f"{'block-causal' if c.causal else 'encoder-decoder'}, {sum(p.numel() for p in trained) / 1e6:.1f} M parameters to train; window "
         f"{c.window} frames = {c.window / c.frame_rate:.2f} s, {args.blocks} of {c.block} learned at once; batch {args.batch} = {world} "
         f"processes x {args.accumulate} x {args.batch // world // args.accumulate}; {device.type}, "
-        f"{choose_precision(args.precision, device)}; steps {step} to {args.steps}")
+        f"{precision_name}; steps {step} to {args.steps}")
 
     def write():
         if not rank:
@@ -337,7 +340,7 @@ def main():
     # --- the loop; on a GPU the next batch is drawn while this one is learned, a CPU has no core left for that
     draws = (draw_batch(dataset.train, c, args.batch, args.blocks, part, args.seed, n, args.shift)
              for n in range(step, args.steps) for part in rows)
-    draws = prefetch(draws) if device.type == "cuda" else draws
+    draws = speed.prefetch(draws) if speed and device.type == "cuda" else draws
     bar, clock = tqdm(total=args.steps, initial=step, file=sys.stderr, disable=None if not rank else True), time.time()
     tokens, made, spent = args.batch * ((c.context_blocks + 2 * args.blocks - 1) * c.block + args.blocks), 0, 0.0
     try:
@@ -346,8 +349,8 @@ def main():
             for _ in rows:
                 latents, prompts, noise, t, weights, kept = next(draws)
                 with precision():
-                    memory = model.dit.memory(condition(model, texts, prompts, device, kept))
-                    losses = block_losses(model, memory, latents.to(device), noise.to(device), t.to(device), args.remat)
+                    prompt = model.dit.encode_prompt(condition(model, texts, prompts, device, kept))
+                    losses = block_losses(model, prompt, latents.to(device), noise.to(device), t.to(device), args.remat)
                 loss = (losses * weights.to(device)).sum() * world / args.batch     # the mean over processes is the batch's
                 loss.backward()
                 total += loss.detach() / world

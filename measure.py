@@ -19,9 +19,10 @@ from torchaudio.transforms import MelSpectrogram
 from tqdm import tqdm
 
 import data
-from common import UserError, check_streams, default_checkpoint, device_of, finite, keep_memory, load, run, whole, writable
-from precision import PRECISIONS, to_precision
-from sample import SAMPLERS, decode_stream, known_words, pcm, sampling_settings, stream
+from audio import decode_stream, decoder_margin, pcm, read_audio
+from common import (PRECISIONS, UserError, check_streams, default_checkpoint, device_of, finite, load, playing_precision,
+                    run, speed, whole, writable)
+from sample import SAMPLERS, known_words, sampling_settings, stream
 
 HOP = 512                                                   # samples between frames of the figures below
 
@@ -95,7 +96,7 @@ def read_split(folder, dataset, config, seconds, most):
     for tracks in (dataset.train, dataset.validation):
         excerpts = []
         for track in tracks[::max(1, len(tracks) // most)][:most]:
-            audio = torch.cat(list(data.read_audio(folder / track.name, config)), dim=1)[:, track.start * config.hop:track.stop * config.hop]
+            audio = torch.cat(list(read_audio(folder / track.name, config)), dim=1)[:, track.start * config.hop:track.stop * config.hop]
             start = max(0, (audio.shape[1] - n) // 2)
             excerpts.append(audio[:, start:start + n])
         sides.append(excerpts)
@@ -106,7 +107,7 @@ def make_streams(model, prompts, seconds, args):
     """One stream for each seed, prompts in turn, all at once: audio (2, n) and latents (C, T) of each."""
     c, out, seeds = model.config, [], range(args.seeds)
     cond = model.conditioner([prompts[seed % len(prompts)] for seed in seeds], **c.stream_numbers)
-    blocks = math.ceil((seconds * c.frame_rate + c.decoder_margin) / c.block)
+    blocks = math.ceil((seconds * c.frame_rate + decoder_margin(c)) / c.block)
     made = stream(model, cond, blocks=blocks, steps=args.steps, sampler=args.sampler, cfg=args.cfg, seed=seeds)
     latents = torch.cat(list(tqdm(made, desc="blocks", total=blocks, file=sys.stderr, disable=None)), dim=-1)
     for seed, z in zip(seeds, latents.split(1)):
@@ -252,7 +253,8 @@ def main():
         if path:
             writable(path)
     torch.set_flush_denormal(True)
-    keep_memory()
+    if speed:
+        speed.keep_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     path = args.ckpt or default_checkpoint()
@@ -260,7 +262,7 @@ def main():
     check_streams(path, model.stage)
     dataset = data.prepare(args.data, model, device=args.device)    # the training's own split
     prompts = [known_words(model, track.prompt) for track in dataset.validation]
-    precision = to_precision(model, args.precision)
+    precision = playing_precision(model, args.precision)
     print(f"{path}: {model.stage}, {sampling_settings(model, args.steps, args.sampler, args.cfg)}, {precision}", file=sys.stderr)
     with torch.no_grad():
         (drift if args.drift else sound)(model, dataset, prompts, args)

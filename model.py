@@ -1,12 +1,14 @@
 """Live Music Diffusion: the networks.
 
-An autoencoder turns audio into latent frames and back; a diffusion transformer (DiT) denoises one block of latent
-frames at a time, given a context of finished blocks. Both are the public Stable Audio networks, plus one linear layer,
-`context_in`, through which finished frames enter clean. Nothing here reads a file or knows a loss.
+An autoencoder turns audio into latent frames and back; a diffusion transformer (DiT) denoises one block of
+latent frames at a time, given a context of finished blocks. Both are the public Stable Audio networks, plus
+one linear layer, `context_in`, through which finished frames enter clean. Nothing here reads a file or knows
+a loss.
 
 Letters: B batch, C latent channels, T frames, D width, H heads, L conditioning tokens, N tokens of a pass.
 Sources: Stable Audio Open (arXiv 2407.14358), Live Music Diffusion Models (arXiv 2605.22717, "the paper").
 """
+import gc
 import math
 import re
 import zlib
@@ -20,7 +22,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-# ------------------------------------------------------------------------------------------------ sizes
+class UserError(Exception):
+    """Something the user can mend: scripts print it as one line and exit with status 2."""
+
+
+# -------------------------------------------------------------------------------- sizes
 @dataclass(frozen=True)
 class Config:
     """Every size of the model and of its stream, saved in each checkpoint. Derived sizes are properties."""
@@ -32,7 +38,7 @@ class Config:
     ae_multipliers: tuple = (1, 2, 4, 8, 16)
     ae_strides: tuple = (2, 4, 4, 8, 8)
     # conditioning
-    text: str = "t5"                                        # "t5", or "words": a small table trained with the DiT
+    text: str = "t5"    # "t5", or "words": a small table trained with the DiT
     text_model: str = "t5-base"                             # name or folder of the T5 encoder
     text_tokens: int = 64
     text_width: int = 768                                   # of T5; rows of the table for "words"
@@ -87,7 +93,8 @@ class Config:
         return self.context_blocks * (self.depth if self.causal else 1)
 
     def numbers_for(self, frames):
-        """Values for the number conditioners where `frames` pass through the network: their length, rounded up."""
+        """Values for the number conditioners where `frames` pass through the network: their length, rounded
+        up."""
         seconds = {"seconds_start": 0, "seconds_total": math.ceil(frames / self.frame_rate)}
         return {name: seconds[name] for name, _, _ in self.numbers}
 
@@ -96,33 +103,21 @@ class Config:
         """The same while streaming and finetuning: always the window's."""
         return self.numbers_for(self.window)
 
-    @property
-    def decoder_margin(self):
-        """Latent frames on each side that one frame's audio depends on."""
-        reach = 3                                           # audio samples: the last convolution
-        for stride in self.ae_strides:                      # from the audio side inwards
-            reach = math.ceil((reach + 3 * (1 + 3 + 9) + stride) / stride)
-        return reach + 3
-
-    @property
-    def encoder_margin(self):
-        """Latent frames of audio on each side that one latent frame depends on."""
-        reach = 1                                           # frames: the last convolution
-        for stride in reversed(self.ae_strides):            # from the latent side outwards
-            reach = reach * stride + stride + 3 * (1 + 3 + 9)
-        return math.ceil((reach + 3) / self.hop)
-
     def to_dict(self):
         return asdict(self)
 
     @staticmethod
     def from_dict(values):
         """Inverse of `to_dict`; lists become tuples, unknown fields are an error."""
-        freeze = lambda v: tuple(map(freeze, v)) if isinstance(v, (list, tuple)) else v
         unknown = set(values) - {f.name for f in fields(Config)}
         if unknown:
             raise ValueError(f"unknown Config field: {', '.join(sorted(unknown))}")
-        return Config(**{k: freeze(v) for k, v in values.items()})
+        return Config(**{name: as_tuple(value) for name, value in values.items()})
+
+
+def as_tuple(value):
+    """Lists, and lists in them, as tuples; anything else as it comes."""
+    return tuple(as_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 PRESETS = {
@@ -132,11 +127,17 @@ PRESETS = {
     "sao_1_0": Config(text_tokens=128, numbers=(("seconds_start", 0, 512), ("seconds_total", 0, 512)),
                       cross_ids=("prompt", "seconds_start", "seconds_total"),
                       global_ids=("seconds_start", "seconds_total"),
-                      width=1536, depth=24, heads=24, project_cond=False, qk_norm=False, objective="v", clip=1024),
+                      width=1536, depth=24, heads=24, project_cond=False, qk_norm=False,
+                      objective="v", clip=1024),
 }
 
 
-# ------------------------------------------------------------------------------------------------ noise
+# -------------------------------------------------------------------------------- noise
+# A noise level t runs from 0 (music) to 1 (noise). Who takes its levels from where:
+#   playing, rollouts of ARC-Forcing      schedule(steps)
+#   the discriminator's judgements        noise_level(u), u uniform: the law that `schedule` samples evenly
+# finetuning, the discriminator's warm-up   shift_time(u, frames), u uniform, as the public models were
+# trained
 def alpha_sigma(t, objective):
     """Weights of signal and noise at level t in [0, 1]: x_t = alpha * x0 + sigma * eps."""
     if objective == "rectified_flow":
@@ -167,7 +168,8 @@ def denoise(x, v, t, objective):
 
 
 def noise_level(u):
-    """The noise level a share u in [0, 1] of the way from noise to music: t = sigmoid(-l), l linear from -6 to 2."""
+    """The noise level a share u in [0, 1] of the way from noise to music: t = sigmoid(-l), l linear from -6
+    to 2."""
     return torch.sigmoid(6 - 8 * u)
 
 
@@ -179,12 +181,14 @@ def schedule(steps):
 
 
 def shift_time(t, frames, more=0.0):
-    """The public models' shift of training levels towards noise for longer clips, and `more` on top. t in [0, 1], frames of the window."""
+    """The public models' shift of training levels towards noise for longer clips, and `more` on top.
+
+    t in [0, 1]; frames: of the window."""
     mu = -(0.5 + 0.65 * (min(max(frames, 256), 4096) - 256) / 3840) - more
     return t / (t + math.exp(mu) * (1 - t))                 # = 1 - e^mu / (e^mu + t / (1 - t))
 
 
-# ------------------------------------------------------------------------------------------------ autoencoder
+# -------------------------------------------------------------------------------- autoencoder
 class SnakeBeta(nn.Module):
     """x + sin^2(alpha x) / beta, alpha and beta stored as logs per channel."""
     def __init__(self, channels):
@@ -192,49 +196,20 @@ class SnakeBeta(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
 
-    def constants(self, dtype):
-        """alpha and 1 / beta, each (channels,)."""
-        return self.alpha.exp().to(dtype), 1 / (self.beta.exp().to(dtype) + 1e-9)
-
-    def forward(self, x, out=None):
-        """x (B, channels, samples). out: where to write, x itself if you like; not where gradients are recorded."""
-        alpha, gain = (y[:, None] for y in self.constants(x.dtype))
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() <= 2 ** 21:
-            return torch.addcmul(x, (alpha * x).sin_().square_(), gain, out=out)
-        # above 2^21 values in pieces that fit a CPU's cache, so that what lies between two operations never goes to main memory
-        out, piece = torch.empty_like(x) if out is None else out, max(1, 2 ** 17 // x[..., 0].numel())
-        for part, made in zip(x.split(piece, dim=-1), out.split(piece, dim=-1)):
-            torch.addcmul(part, (alpha * part).sin_().square_(), gain, out=made)
-        return out
-
-
-# Run as two-dimensional convolutions over (B, channels, 1, samples) with the channels last in memory: the same numbers,
-# several times faster on CPUs. The layout, once given to the input, goes through the whole network.
-class Conv1d(nn.Conv1d):
-    def forward(self, x):
-        return F.conv2d(x[:, :, None], self.weight[:, :, None], self.bias, (1, *self.stride), (0, *self.padding),
-                        (1, *self.dilation))[:, :, 0]
-
-
-class ConvTranspose1d(nn.ConvTranspose1d):
-    def forward(self, x):
-        return F.conv_transpose2d(x[:, :, None], self.weight[:, :, None], self.bias, (1, *self.stride),
-                                  (0, *self.padding))[:, :, 0]
-
-
-def channels_last(x):                                       # (B, channels, samples), only its memory order changes
-    return x[:, :, None].contiguous(memory_format=torch.channels_last)[:, :, 0]
+    def forward(self, x):                                   # (B, channels, samples)
+        alpha = self.alpha.exp()[:, None]
+        beta = self.beta.exp()[:, None] + 1e-9
+        return x + torch.sin(alpha * x) ** 2 / beta
 
 
 class ResidualUnit(nn.Module):
     def __init__(self, channels, dilation):
         super().__init__()
         self.layers = nn.Sequential(
-            SnakeBeta(channels), Conv1d(channels, channels, 7, dilation=dilation, padding=3 * dilation),
-            SnakeBeta(channels), Conv1d(channels, channels, 1))
+            SnakeBeta(channels), nn.Conv1d(channels, channels, 7, dilation=dilation, padding=3 * dilation),
+            SnakeBeta(channels), nn.Conv1d(channels, channels, 1))
 
     def forward(self, x):
-        x = x.to(self.layers[1].weight.dtype)               # in bf16 the last units stay in float32
         return x + self.layers(x)
 
 
@@ -246,29 +221,32 @@ class Autoencoder(nn.Module):
     """The "Oobleck" variational autoencoder: (B, 2, samples) <-> (B, C, samples / hop)."""
     def __init__(self, config):
         super().__init__()
-        strides = config.ae_strides
         self.hop = config.hop
         widths = [config.ae_width] + [config.ae_width * m for m in config.ae_multipliers]
-        levels = list(zip(widths, widths[1:], strides))     # (audio side, latent side, stride), from the audio inwards
+        levels = list(zip(widths, widths[1:], config.ae_strides))       # (audio side, latent side, stride)
 
-        encoder = [Conv1d(config.audio_channels, widths[0], 7, padding=3)]
+        encoder = [nn.Conv1d(config.audio_channels, widths[0], 7, padding=3)]
         for outer, inner, stride in levels:
-            encoder += [*residual_units(outer), SnakeBeta(outer),
-                        Conv1d(outer, inner, 2 * stride, stride, padding=math.ceil(stride / 2))]
-        encoder += [SnakeBeta(widths[-1]), Conv1d(widths[-1], 2 * config.latent_channels, 3, padding=1)]
+            encoder += residual_units(outer)
+            encoder += [SnakeBeta(outer)]
+            encoder += [nn.Conv1d(outer, inner, 2 * stride, stride, padding=math.ceil(stride / 2))]
+        encoder += [SnakeBeta(widths[-1]), nn.Conv1d(widths[-1], 2 * config.latent_channels, 3, padding=1)]
+        self.encoder = nn.Sequential(*encoder)
 
-        decoder = [Conv1d(config.latent_channels, widths[-1], 7, padding=3)]
+        decoder = [nn.Conv1d(config.latent_channels, widths[-1], 7, padding=3)]
         for outer, inner, stride in reversed(levels):
-            decoder += [SnakeBeta(inner),
-                        ConvTranspose1d(inner, outer, 2 * stride, stride, padding=math.ceil(stride / 2)),
-                        *residual_units(outer)]
-        decoder += [SnakeBeta(widths[0]), Conv1d(widths[0], config.audio_channels, 7, padding=3, bias=False)]
-        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
+            decoder += [SnakeBeta(inner)]
+            decoder += [nn.ConvTranspose1d(inner, outer, 2 * stride, stride, padding=math.ceil(stride / 2))]
+            decoder += residual_units(outer)
+        decoder += [SnakeBeta(widths[0])]
+        decoder += [nn.Conv1d(widths[0], config.audio_channels, 7, padding=3, bias=False)]
+        self.decoder = nn.Sequential(*decoder)
 
     def posterior(self, audio):
-        """(B, 2, samples) -> mean, standard deviation (B, C, T). Samples past the last whole frame are dropped."""
+        """(B, 2, samples) -> mean, standard deviation (B, C, T). Samples past the last whole frame are
+        dropped."""
         audio = audio[..., :audio.shape[-1] // self.hop * self.hop]
-        mean, scale = self.encoder(channels_last(audio)).chunk(2, dim=1)
+        mean, scale = self.encoder(audio).chunk(2, dim=1)
         return mean, F.softplus(scale) + 1e-4
 
     def encode(self, audio):
@@ -277,12 +255,13 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents):
         """(B, C, T) -> audio (B, 2, T * hop), not clipped."""
-        return self.decoder(channels_last(latents.to(self.decoder[0].weight.dtype)))
+        return self.decoder(latents)
 
 
-# ------------------------------------------------------------------------------------------------ conditioning
+# -------------------------------------------------------------------------------- conditioning
 class Cond(NamedTuple):
-    """What the DiT is told. tokens (B, L, cond_width) go to cross-attention, global_ (B, ·) to the timestep token."""
+    """What the DiT is told. tokens (B, L, cond_width) go to cross-attention, global_ (B, ·) to the timestep
+    token."""
     tokens: torch.Tensor
     global_: torch.Tensor
 
@@ -302,68 +281,141 @@ class Number(nn.Module):
     def forward(self, values):                              # (B,)
         x = ((values.clamp(self.low, self.high) - self.low) / (self.high - self.low))[:, None]
         angles = 2 * math.pi * x * self.frequencies
-        return self.linear(torch.cat([x, angles.sin(), angles.cos()], dim=-1).to(self.linear.weight.dtype))    # (B, width)
+        features = torch.cat([x, angles.sin(), angles.cos()], dim=-1)                       # (B, 257)
+        return self.linear(features.to(self.linear.weight.dtype))                           # (B, width)
 
 
+# A text encoder is called with B prompts and gives states (B, text_tokens, its width) and a mask (B,
+# text_tokens), True at words. `trains` says whether it is learned with the DiT; one that is not can be asked
+# once per prompt, ahead of training.
 def words_of(prompt):
+    """The words and numbers of a prompt, in lower case: what `Words` reads."""
     return re.findall(r"\w+", prompt.lower())
 
 
 class Words(nn.Module):
-    """Lower-cased words and numbers of a prompt, hashed into a table: a text encoder that needs no download."""
+    """Words of a prompt, hashed into a table that is trained with the DiT: a text encoder that needs no
+    download."""
+    trains = True
+
     def __init__(self, rows, width, tokens):
         super().__init__()
         self.tokens = tokens
         self.table = nn.Embedding(rows + 1, width, padding_idx=0)   # row 0: the zero padding
 
-    def forward(self, prompts):                             # B strings
-        ids = torch.zeros(len(prompts), self.tokens, dtype=torch.long)
-        for row, prompt in zip(ids, prompts):
+    def row_of(self, word):                                 # crc32 and not hash(): the same in every Python
+        return 1 + zlib.crc32(word.encode()) % (self.table.num_embeddings - 1)
+
+    def forward(self, prompts):
+        rows = torch.zeros(len(prompts), self.tokens, dtype=torch.long)
+        for i, prompt in enumerate(prompts):
             words = words_of(prompt)[:self.tokens]
-            # crc32 and not hash(): the same on every machine and in every Python
-            row[:len(words)] = torch.tensor([1 + zlib.crc32(w.encode()) % (self.table.num_embeddings - 1) for w in words])
-        return self.table(ids.to(self.table.weight.device))         # (B, tokens, width)
+            rows[i, :len(words)] = torch.tensor([self.row_of(word) for word in words])
+        rows = rows.to(self.table.weight.device)
+        return self.table(rows), rows > 0                   # (B, tokens, width), (B, tokens)
+
+
+class T5:
+    """The public models' text encoder, frozen. It runs on the CPU in float32 (the public tools: float16).
+
+    It is no part of a checkpoint: `transformers` is imported when the first prompt is encoded. Raises
+    UserError where that package or the encoder is missing, or of another width than the checkpoint
+    expects."""
+    trains = False
+
+    def __init__(self, name, width, tokens):
+        self.name, self.width, self.tokens = name, width, tokens
+
+    @torch.no_grad()
+    def __call__(self, prompts, batch=16):
+        tokenizer, encoder = load_t5(self.name)
+        if self.width not in (None, encoder.config.d_model):
+            raise UserError(f"the text encoder {self.name!r} is {encoder.config.d_model} wide; "
+                            f"this checkpoint expects {self.width}")
+        states, masks = [], []
+        for start in range(0, len(prompts), batch):
+            words = tokenizer(list(prompts[start:start + batch]), truncation=True, max_length=self.tokens,
+                              padding="max_length", return_tensors="pt")
+            found = encoder(input_ids=words.input_ids, attention_mask=words.attention_mask)
+            states.append(found.last_hidden_state)
+            masks.append(words.attention_mask.bool())
+        return torch.cat(states), torch.cat(masks)
+
+
+@lru_cache(maxsize=1)
+def load_t5(name):
+    """A folder, or a name in the usual cache -> tokenizer, encoder, kept in memory until `forget_t5`. Raises
+    UserError."""
+    try:
+        from transformers import AutoTokenizer, T5EncoderModel
+    except ImportError as error:
+        raise UserError(f"prompts need T5: pip install transformers sentencepiece ({error}); or stream from "
+                        "a --prompt-file made with stable_audio_port.py --prompts where it is") from None
+    try:
+        return AutoTokenizer.from_pretrained(name), T5EncoderModel.from_pretrained(name).float().eval()
+    except Exception as error:    # a missing folder, no network, a broken file, a missing package
+        reason = str(error).strip().splitlines()[0][:150]
+        raise UserError(f"cannot load the text encoder {name!r} ({reason}); "
+                        "name a folder that holds it: stable_audio_port.py --text-model FOLDER") from None
+
+
+def forget_t5():
+    """Free T5's memory. Until then it stays loaded, for prompts typed while a stream plays."""
+    if load_t5.cache_info().currsize:
+        load_t5.cache_clear()
+        gc.collect()
 
 
 class Conditioner(nn.Module):
+    """Prompts and numbers -> `Cond`."""
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.numbers = nn.ModuleDict({name: Number(low, high, config.cond_width) for name, low, high in config.numbers})
+        self.numbers = nn.ModuleDict()
+        for name, low, high in config.numbers:
+            self.numbers[name] = Number(low, high, config.cond_width)
+        self.words = None
+        self.proj_out = None
         if config.text == "words":
             self.words = Words(config.text_width, config.cond_width, config.text_tokens)
         elif config.text_width != config.cond_width:
             self.proj_out = nn.Linear(config.text_width, config.cond_width)
 
+    @property
+    def text_encoder(self):
+        c = self.config
+        return self.words if c.text == "words" else T5(c.text_model, c.text_width, c.text_tokens)
+
     def embed_text(self, prompts):
         """B strings -> (B, text_tokens, cond_width), zero at padding."""
-        if self.config.text == "words":
-            return self.words(prompts)
-        from stable_audio_port import encode_t5             # which itself imports this file
-        device = next(self.numbers.parameters()).device     # T5 itself runs on the CPU
-        states, mask = (y.to(device) for y in encode_t5(prompts, self.config.text_model, self.config.text_tokens, self.config.text_width))
-        if self.config.text_width != self.config.cond_width:
+        states, mask = self.text_encoder(prompts)
+        device = next(self.numbers.parameters()).device
+        states, mask = states.to(device), mask.to(device)
+        if self.proj_out is not None:
             states = self.proj_out(states.to(self.proj_out.weight))
         return states * mask.to(states)[..., None]
 
     def forward(self, text, **numbers):
-        """text: B prompts, or their embeddings (B, L, cond_width). numbers: one value, or B, for each number id.
+        """text: B prompts, or their embeddings (B, L, cond_width). numbers: one value, or B, for each number
+        id.
 
         Raises ValueError when a number is missing or unknown."""
         if set(numbers) != set(self.numbers):
-            raise ValueError(f"the conditioner needs the numbers {sorted(self.numbers)}, got {sorted(numbers)}")
+            raise ValueError(f"the conditioner needs the numbers {sorted(self.numbers)}, "
+                             f"got {sorted(numbers)}")
         tokens = text if torch.is_tensor(text) else self.embed_text(list(text))
         parts = {"prompt": tokens}
         for name, number in self.numbers.items():
-            values = torch.as_tensor(numbers[name], dtype=torch.float32, device=tokens.device).expand(len(tokens))
-            parts[name] = number(values)[:, None]           # (B, 1, cond_width)
+            values = torch.as_tensor(numbers[name], dtype=torch.float32, device=tokens.device)
+            parts[name] = number(values.expand(len(tokens)))[:, None]    # (B, 1, cond_width)
         return Cond(torch.cat([parts[name] for name in self.config.cross_ids], dim=1),
                     torch.cat([parts[name][:, 0] for name in self.config.global_ids], dim=-1))
 
 
-# ------------------------------------------------------------------------------------------------ positions and masks
+# -------------------------------------------------------------------------------- positions and masks
 def rotary(positions, inv_freq):
-    """Positions (N,) -> [cos | cos], [-sin | sin], each (N, 2 * len(inv_freq)). Angles in float64: exact a million frames on."""
+    """Positions (N,) -> [cos | cos], [-sin | sin], each (N, 2 * len(inv_freq)). Angles in float64: exact a
+    million frames on."""
     angles = torch.outer(positions.double(), inv_freq.double()).remainder(2 * math.pi)
     cos, sin = angles.cos().float(), angles.sin().float()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -381,8 +433,8 @@ def rotate(x, rope):
 def visible(q_block, q_noisy, k_block, k_noisy, context_blocks, causal):
     """The one mask. Block indices and noisy flags of queries (Q,) and keys (K,) -> (Q, K), True where seen.
 
-    Everyone sees their own block; finished (clean) blocks are seen by whoever comes after, `context_blocks` back.
-    Without `causal` the clean frames are a window of their own: all of them see each other, both ways.
+    Everyone sees their own block; finished (clean) blocks are seen by whoever comes after, `context_blocks`
+    back. Without `causal` the clean frames are a window of their own: all of them see each other, both ways.
     A timestep token counts as a noisy token of its block. No clean token ever sees a noisy one."""
     q_block, q_noisy = q_block[:, None], q_noisy[:, None]
     own = (k_block == q_block) & (k_noisy == q_noisy)
@@ -391,30 +443,42 @@ def visible(q_block, q_noisy, k_block, k_noisy, context_blocks, causal):
     return own | ~k_noisy.expand_as(own)
 
 
-class Plan(NamedTuple):
-    """Tokens come in pieces, a block or a timestep token, whose tokens see and are seen alike.
+class AttentionPlan(NamedTuple):
+    """Who attends to whom in one pass. Tokens come in pieces, a block or a timestep token, whose tokens see
+    alike.
 
-    queries, keys: sizes of the pieces; groups: [(pieces of queries, pieces of keys)] that attend together."""
-    queries: list
-    keys: list
+    query_sizes, key_sizes: tokens in each piece; groups: [(query pieces, key pieces)] that attend
+    together."""
+    query_sizes: list
+    key_sizes: list
     groups: list
 
 
 @lru_cache(maxsize=64)
-def attention_plan(past, clean, noisy, block, context_blocks, causal):
-    """`visible` for one pass over [past keys | clean blocks | noisy blocks | a timestep token each], as a Plan.
+def attention_plan(cached, clean, noisy, block, context_blocks, causal):
+    """`visible` for a pass over [cached keys | clean blocks | noisy blocks | a timestep token each], as an
+    AttentionPlan.
 
-    past, clean, noisy: tuples of block indices. None when everything is seen."""
-    index, first_noisy = torch.tensor([*past, *clean, *noisy, *noisy]), len(past) + len(clean)
-    sizes, is_noisy, new = [block] * (first_noisy + len(noisy)) + [1] * len(noisy), torch.arange(len(index)) >= first_noisy, len(past)
+    cached, clean, noisy: tuples of block indices. None when everything is seen."""
+    pieces = []    # (block index, is it noisy?, tokens), in the order of the pass
+    pieces += [(i, False, block) for i in (*cached, *clean)]
+    pieces += [(i, True, block) for i in noisy]
+    pieces += [(i, True, 1) for i in noisy]
+    index = torch.tensor([i for i, _, _ in pieces])
+    is_noisy = torch.tensor([flag for _, flag, _ in pieces])
+    sizes = [size for _, _, size in pieces]
+    new = len(cached)                                       # cached pieces are keys only
     mask = visible(index[new:], is_noisy[new:], index, is_noisy, context_blocks, causal)
-    groups = {}
-    for piece, row in enumerate(mask.tolist()):
-        groups.setdefault(tuple(i for i, seen in enumerate(row) if seen), []).append(piece)
-    return None if mask.all() else Plan(sizes[new:], sizes, [(queries, keys) for keys, queries in groups.items()])
+    if mask.all():
+        return None
+    groups = {}    # key pieces -> the query pieces that see just those
+    for query, row in enumerate(mask.tolist()):
+        keys = tuple(key for key, seen in enumerate(row) if seen)
+        groups.setdefault(keys, []).append(query)
+    return AttentionPlan(sizes[new:], sizes, [(queries, keys) for keys, queries in groups.items()])
 
 
-# ------------------------------------------------------------------------------------------------ transformer
+# -------------------------------------------------------------------------------- transformer
 def split_heads(x, width):                                  # (B, N, H * d) -> (B, H, N, d)
     return x.unflatten(-1, (-1, width)).transpose(1, 2)
 
@@ -429,42 +493,52 @@ class Attention(nn.Module):
         else:
             self.q = nn.Linear(config.width, config.width, bias=False)
             self.kv = nn.Linear(token_width, 2 * token_width, bias=False)
-        norm = (lambda: nn.LayerNorm(config.head_width, eps=1e-6)) if config.qk_norm else nn.Identity
-        self.q_norm, self.k_norm = norm(), norm()
+        self.q_norm = nn.LayerNorm(config.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(config.head_width, eps=1e-6) if config.qk_norm else nn.Identity()
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def attend(self, q, k, v, plan=None):
-        """What a mask would give, without multiplying what is not seen. q, k, v (B, H, N, d) -> (B, H, N, d)."""
-        if plan is None:                                    # fewer key than query heads: each serves consecutive ones
-            return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, enable_gqa=q.shape[1] != k.shape[1])
-        q, k, v, y = q.split(plan.queries, dim=2), k.split(plan.keys, dim=2), v.split(plan.keys, dim=2), {}
-        join = lambda pieces, chosen: torch.cat([pieces[i] for i in chosen], dim=2)
+    def forward(self, x, rope, plan=None, cached=None):
+        """Self-attention over cached and new tokens. cached: (k, v), already rotated, or None.
+
+        Tokens that see the same others attend together, so nothing that a mask would hide is multiplied.
+        Returns the output (B, N, D) and the new tokens' own (k, v), each (B, H, N, d), for the caller's
+        cache."""
+        q, k, v = (split_heads(y, self.head_width) for y in self.qkv(x).chunk(3, dim=-1))
+        q, k = rotate(torch.cat([self.q_norm(q), self.k_norm(k)], dim=1), rope).to(v.dtype).chunk(2, dim=1)
+        new = k, v
+        if cached is not None:
+            k = torch.cat([cached[0], k], dim=2)
+            v = torch.cat([cached[1], v], dim=2)
+        if plan is None:
+            return self.merge_heads(F.scaled_dot_product_attention(q, k, v)), new
+        q = q.split(plan.query_sizes, dim=2)
+        k = k.split(plan.key_sizes, dim=2)
+        v = v.split(plan.key_sizes, dim=2)
+        y = [None] * len(q)
         for queries, keys in plan.groups:
-            made = self.attend(join(q, queries), join(k, keys), join(v, keys))
-            y |= zip(queries, made.split([plan.queries[i] for i in queries], dim=2))
-        return join(y, range(len(q)))
+            q_seeing, k_seen, v_seen = (torch.cat([pieces[i] for i in chosen], dim=2)
+                                        for pieces, chosen in ((q, queries), (k, keys), (v, keys)))
+            together = F.scaled_dot_product_attention(q_seeing, k_seen, v_seen)
+            for i, piece in zip(queries, together.split([plan.query_sizes[i] for i in queries], dim=2)):
+                y[i] = piece
+        return self.merge_heads(torch.cat(y, dim=2)), new
 
     def merge_heads(self, y):                               # (B, H, N, d) -> (B, N, D)
         return self.out(y.transpose(1, 2).flatten(-2))
 
-    def forward(self, x, rope, plan, past):
-        """Self-attention over past and new tokens. past: (k, v) already rotated, or None.
-
-        Returns the output (B, N, D) and the new tokens' own (k, v), each (B, H, N, d), for the caller's cache."""
-        q, k, v = (split_heads(y, self.head_width) for y in self.qkv(x).chunk(3, dim=-1))
-        q, k = rotate(torch.cat([self.q_norm(q), self.k_norm(k)], dim=1), rope).to(v.dtype).chunk(2, dim=1)
-        new = k, v
-        if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        return self.merge_heads(self.attend(q, k, v, plan)), new
-
     def tokens(self, tokens):
-        """Conditioning tokens (B, L, ·) -> this layer's cross-attention (k, v). They depend on the prompt alone."""
+        """Conditioning tokens (B, L, ·) -> this layer's cross-attention (k, v). They depend on the prompt
+        alone."""
         k, v = (split_heads(y, self.head_width) for y in self.kv(tokens).chunk(2, dim=-1))
         return self.k_norm(k), v
 
     def cross(self, x, kv):
-        return self.merge_heads(self.attend(self.q_norm(split_heads(self.q(x), self.head_width)), *kv))
+        """Cross-attention of x (B, N, D). With fewer key than query heads, each key head serves consecutive
+        query heads."""
+        k, v = kv
+        q = self.q_norm(split_heads(self.q(x), self.head_width))
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        return self.merge_heads(F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]))
 
 
 class FeedForward(nn.Module):
@@ -480,47 +554,60 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        norm = lambda: nn.LayerNorm(config.width, eps=1e-5, bias=False)
-        self.self_norm, self.self_attention = norm(), Attention(config)
-        self.cross_norm, self.cross_attention = norm(), Attention(config, config.token_width)
-        self.ff_norm, self.ff = norm(), FeedForward(config.width)
+        self.self_norm = nn.LayerNorm(config.width, eps=1e-5, bias=False)
+        self.self_attention = Attention(config)
+        self.cross_norm = nn.LayerNorm(config.width, eps=1e-5, bias=False)
+        self.cross_attention = Attention(config, config.token_width)
+        self.ff_norm = nn.LayerNorm(config.width, eps=1e-5, bias=False)
+        self.ff = FeedForward(config.width)
 
-    def forward(self, x, rope, cross_kv, plan, past):       # x (B, N, D)
-        y, new = self.self_attention(self.self_norm(x), rope, plan, past)
+    def forward(self, x, rope, cross_kv, plan=None, cached=None):       # x (B, N, D)
+        y, new = self.self_attention(self.self_norm(x), rope, plan, cached)
         x = x + y
         x = x + self.cross_attention.cross(self.cross_norm(x), cross_kv)
         return x + self.ff(self.ff_norm(x)), new
 
 
-class Memory(NamedTuple):
-    """What the DiT computes from `Cond` once per prompt: global_ (B, D) and each layer's cross-attention (k, v)."""
+class EncodedPrompt(NamedTuple):
+    """What the DiT computes from `Cond` once per prompt: global_ (B, D) and each layer's cross-attention (k,
+    v)."""
     global_: torch.Tensor
     cross: list
 
-    def tensors(self):
-        return [self.global_, *(y for kv in self.cross for y in kv)]
 
-    @staticmethod
-    def of(tensors):
-        """Inverse of `tensors`."""
-        return Memory(tensors[0], list(zip(tensors[1::2], tensors[2::2])))
+class Numbered(NamedTuple):
+    """Blocks and their numbers along the stream, which follow one another.
+
+    data: latents (B, C, n * block), or, of cached blocks, each layer's (k, v)."""
+    data: object
+    index: tuple
+
+
+NO_BLOCKS = Numbered(None, ())
+
+
+def mlp(inputs, width, bias):
+    return nn.Sequential(nn.Linear(inputs, width, bias=bias), nn.SiLU(), nn.Linear(width, width, bias=bias))
 
 
 class DiT(nn.Module):
     """Stable Audio's "continuous transformer", and the same weights run over blocks with context."""
     def __init__(self, config):
         super().__init__()
-        self.config, C, D = config, config.latent_channels, config.width
-        mlp = lambda n, d, bias: nn.Sequential(nn.Linear(n, d, bias=bias), nn.SiLU(), nn.Linear(d, d, bias=bias))
+        C, D = config.latent_channels, config.width
+        self.config = config
         self.time_frequencies = nn.Parameter(torch.randn(128))
-        self.time_embed = mlp(256, D, True)
-        self.global_embed = mlp(config.cond_width * len(config.global_ids), D, False)
-        self.token_embed = mlp(config.cond_width, config.token_width, False)
-        self.conv_in, self.conv_out = nn.Conv1d(C, C, 1, bias=False), nn.Conv1d(C, C, 1, bias=False)
-        self.project_in, self.project_out = nn.Linear(C, D, bias=False), nn.Linear(D, C, bias=False)
+        self.time_embed = mlp(256, D, bias=True)
+        self.global_embed = mlp(config.cond_width * len(config.global_ids), D, bias=False)
+        self.token_embed = mlp(config.cond_width, config.token_width, bias=False)
+        self.conv_in = nn.Conv1d(C, C, 1, bias=False)
+        self.conv_out = nn.Conv1d(C, C, 1, bias=False)
+        self.project_in = nn.Linear(C, D, bias=False)
+        self.project_out = nn.Linear(D, C, bias=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
         rotated = max(config.head_width // 2, 32)
-        self.register_buffer("inv_freq", torch.tensor([10000.0 ** (-i / rotated) for i in range(0, rotated, 2)]))
+        inv_freq = [10000.0 ** (-i / rotated) for i in range(0, rotated, 2)]
+        self.register_buffer("inv_freq", torch.tensor(inv_freq))
         self.context_in = nn.Linear(1 + C, D, bias=False)
         for conv in (self.conv_in, self.conv_out):
             nn.init.zeros_(conv.weight)
@@ -528,22 +615,26 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def reset_context_in(self):
-        """Start training calmly: a clean frame first enters as the noisy input path would take it, plus a small mark."""
-        if self.context_in.weight.is_meta:                  # arithmetic there would import 100 MB of compiler for nothing
+        """Start training calmly: a clean frame first enters as the noisy input path would take it, plus a
+        small mark."""
+        if self.context_in.weight.is_meta:    # arithmetic there would import 100 MB of compiler for nothing
             return
         conv = self.conv_in.weight[..., 0]
-        self.context_in.weight[:, 1:] = self.project_in.weight @ (conv + torch.eye(len(conv), device=conv.device))
+        identity = torch.eye(len(conv), device=conv.device)
+        self.context_in.weight[:, 1:] = self.project_in.weight @ (conv + identity)
         self.context_in.weight[:, 0].normal_(std=0.02)
 
-    def memory(self, cond):
-        """Cond -> Memory: everything that depends on the prompt alone."""
+    def encode_prompt(self, cond):
+        """Cond -> EncodedPrompt: everything that depends on the prompt alone."""
         tokens, global_ = (y.to(self.project_in.weight.dtype) for y in cond)
         tokens = self.token_embed(tokens)
-        return Memory(self.global_embed(global_), [layer.cross_attention.tokens(tokens) for layer in self.layers])
+        cross = [layer.cross_attention.tokens(tokens) for layer in self.layers]
+        return EncodedPrompt(self.global_embed(global_), cross)
 
     def embed_noisy(self, x):                               # (B, C, T) -> (B, T, D)
         x = x.to(self.project_in.weight.dtype)
-        # contiguous, or PyTorch picks the matrix product, and its rounding, by whether weights require gradients
+        # contiguous, or PyTorch picks the matrix product, and its rounding, by whether weights require
+        # gradients
         return self.project_in((x + self.conv_in(x)).transpose(1, 2).contiguous())
 
     def embed_clean(self, x):                               # (B, C, T) -> (B, T, D)
@@ -551,85 +642,104 @@ class DiT(nn.Module):
 
     def embed_time(self, t, global_):                       # (B, n), (B, D) -> (B, n, D)
         angles = 2 * math.pi * t[..., None].float() * self.time_frequencies.float()
-        return self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=-1).to(global_.dtype)) + global_[:, None]
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)                          # (B, n, 256)
+        return self.time_embed(features.to(global_.dtype)) + global_[:, None]
 
     def unembed(self, h):                                   # (B, T, D) -> (B, C, T)
         v = self.project_out(h).transpose(1, 2)
         return v + self.conv_out(v)
 
-    def transform(self, h, positions, memory, plan=None, past=None, layers=None, remat=False):
-        """Run the layers (or the first `layers`). Returns h (B, N, D) and each layer's new (k, v).
+    def blocks(self, prompt, noisy=NO_BLOCKS, t=None, clean=NO_BLOCKS, cached=NO_BLOCKS, start=0,
+               remat=False):
+        """One pass over [clean blocks | noisy blocks | one timestep token per noisy block], after cached
+        blocks.
 
-        remat: recompute activations in the backward pass instead of keeping them (activation checkpointing)."""
-        rope, new = rotary(positions, self.inv_freq), []
-        for i, layer in enumerate(self.layers[:layers]):
-            args = h, rope, memory.cross[i], plan, None if past is None else past[i]
+        prompt: EncodedPrompt; noisy, clean, cached: Numbered; t (B, n): the noisy blocks' levels; start: the
+        stream's frame at which block 0 begins, a number or a tensor of one; remat: recompute activations in
+        the backward pass instead of keeping them (activation checkpointing).
+        Returns v (B, C, n * block) or None, and each layer's (k, v) of the clean blocks. Every use of the
+        model with context is this pass: training (many noisy blocks), streaming (one), filling the cache
+        (none)."""
+        c, device = self.config, prompt.global_.device
+        embedded, positions = [], []
+        if clean.index:
+            embedded.append(self.embed_clean(clean.data))
+            positions.append(frames_of(clean.index, c.block, device))
+        if noisy.index:
+            embedded.append(self.embed_noisy(noisy.data))
+            embedded.append(self.embed_time(t, prompt.global_))
+            positions.append(frames_of(noisy.index, c.block, device))
+            # a timestep token rides one before the first frame of its block's window, as in the public model
+            positions.append(frames_of(noisy.index, c.block, device)[::c.block] - c.context - 1)
+        h = torch.cat([y.to(embedded[0].dtype) for y in embedded], dim=1)                   # (B, N, D)
+        rope = rotary(torch.cat(positions) + start, self.inv_freq)
+
+        # only differences of numbers matter to who sees whom: counted from the first block there are fewer
+        # plans to keep
+        first = min((*cached.index, *clean.index, *noisy.index))
+        relative = [tuple(i - first for i in blocks.index) for blocks in (cached, clean, noisy)]
+        plan = attention_plan(*relative, c.block, c.context_blocks, c.causal)
+
+        keys_values = []
+        for i, layer in enumerate(self.layers):
+            args = h, rope, prompt.cross[i], plan, cached.data and cached.data[i]
             h, kv = checkpoint(layer, *args, use_reentrant=False) if remat else layer(*args)
-            new.append(kv)
-        return h, new
-
-    def blocks(self, memory, noisy=None, t=None, noisy_index=(), clean=None, clean_index=(), past=None, past_index=(),
-               start=0, remat=False):
-        """One pass over [clean blocks | noisy blocks | one timestep token per noisy block], after cached blocks.
-
-        noisy (B, C, n * block) at levels t (B, n); clean (B, C, m * block); the *_index tuples number their blocks, which
-        follow one another, along the stream, whose block 0 has frame `start` first, a number or a tensor of one. past: each
-        layer's (k, v) of the blocks past_index. One of noisy and clean may be absent.
-        Returns v (B, C, n * block) or None, and each layer's (k, v) of the clean blocks. Every use of the model with
-        context is this pass: training (many noisy blocks), streaming (one), filling the cache (none)."""
-        c, block = self.config, self.config.block
-        # counted where the network runs: nothing comes from the host
-        frames = lambda index, step=1: torch.arange(index[0] * block, (index[-1] + 1) * block, step, device=memory.global_.device)
-        parts, positions = [], []
-        if clean_index:
-            parts.append(self.embed_clean(clean))
-            positions.append(frames(clean_index))
-        if noisy_index:
-            parts += [self.embed_noisy(noisy), self.embed_time(t, memory.global_)]
-            # the timestep token rides one before the first frame of its block's window, as in the public model
-            positions += [frames(noisy_index), frames(noisy_index, step=block) - c.context - 1]
-        h = torch.cat([p.to(parts[0].dtype) for p in parts], dim=1)
-        first = min((*past_index, *clean_index, *noisy_index))      # only differences matter to who sees whom: fewer to cache
-        past_, clean_, noisy_ = (tuple(i - first for i in index) for index in (past_index, clean_index, noisy_index))
-        plan = attention_plan(past_, clean_, noisy_, block, c.context_blocks, c.causal)
-        h, new = self.transform(h, torch.cat(positions) + start, memory, plan, past, remat=remat)
-        n_clean, n_noisy = len(clean_index) * block, len(noisy_index) * block
-        v = self.unembed(h[:, n_clean:n_clean + n_noisy]) if noisy_index else None
-        return v, [(k[:, :, :n_clean], v_[:, :, :n_clean]) for k, v_ in new]
+            keys_values.append(kv)
+        n_clean, n_noisy = len(clean.index) * c.block, len(noisy.index) * c.block
+        v = self.unembed(h[:, n_clean:n_clean + n_noisy]) if noisy.index else None
+        return v, [(k[:, :, :n_clean], v_[:, :, :n_clean]) for k, v_ in keys_values]
 
     def pad_context(self, context):
-        """Missing context is blocks of zeros on the left; encoder-decoder keeps only the last `context_blocks`."""
+        """Missing context is blocks of zeros on the left; encoder-decoder keeps only the last
+        `context_blocks`."""
         context = F.pad(context, (max(0, self.config.context - context.shape[-1]), 0))
         return context if self.config.causal else context[..., -self.config.context:]
 
     def forward(self, x, t, cond, context=None, remat=False):
         """Predict v for x (B, C, T) at levels t (B,).
 
-        Without context: the public model over a whole clip, any T. With context (B, C, whole blocks): x is the block
-        that follows it. Nothing is cached. Raises ValueError where x or context is not whole blocks."""
+        Without context: the public model over a whole clip, any T. With context (B, C, whole blocks): x is
+        the block that follows it. Nothing is cached. Raises ValueError where x or context is not whole
+        blocks."""
         if context is None:
-            h = self.hidden(x, t, cond, None, remat)
-            return self.unembed(h[:, 1:])
+            return self.unembed(self.hidden(x, t, cond, None, remat)[:, 1:])
         block = self.config.block
         if x.shape[-1] != block or context.shape[-1] % block:
-            raise ValueError(f"a block is {block} frames: got a block of {x.shape[-1]} after {context.shape[-1]} of context")
+            raise ValueError(f"a block is {block} frames: got a block of {x.shape[-1]} after "
+                             f"{context.shape[-1]} of context")
         context = self.pad_context(context)
         n = context.shape[-1] // block
-        return self.blocks(self.memory(cond), x, t[:, None], (n,), context, tuple(range(n)), remat=remat)[0]
+        history = Numbered(context, tuple(range(n)))
+        return self.blocks(self.encode_prompt(cond), Numbered(x, (n,)), t[:, None], history, remat=remat)[0]
 
     def hidden(self, x, t, cond, layer, remat=False):
-        """The public model's hidden states after `layer` (0-based; None: the last): (B, 1 + T, D), timestep token first."""
-        memory = self.memory(cond)
-        h = torch.cat([self.embed_time(t[:, None], memory.global_), self.embed_noisy(x)], dim=1)
-        positions = torch.arange(h.shape[1], device=h.device)
-        return self.transform(h, positions, memory, layers=None if layer is None else layer + 1, remat=remat)[0]
+        """The public model's hidden states after `layer` (0-based; None: the last): (B, 1 + T, D), timestep
+        token first."""
+        prompt = self.encode_prompt(cond)
+        h = torch.cat([self.embed_time(t[:, None], prompt.global_), self.embed_noisy(x)], dim=1)
+        rope = rotary(torch.arange(h.shape[1], device=h.device), self.inv_freq)
+        for module, kv in zip(self.layers[:None if layer is None else layer + 1], prompt.cross):
+            h, _ = checkpoint(module, h, rope, kv, use_reentrant=False) if remat else module(h, rope, kv)
+        return h
+
+
+def frames_of(index, block, device):
+    """Frame numbers of blocks that follow one another. Counted where the network runs: nothing comes from the
+    host."""
+    return torch.arange(index[0] * block, (index[-1] + 1) * block, device=device)
 
 
 class LMDM(nn.Module):
-    """The three networks and their sizes. stage: "scratch", "autoencoder" (the DiT's weights say nothing yet),
-    "base" (public weights), "finetune" or "arc";
-    sampling: what the checkpoint recommends, over the stage's defaults, and the words that its own text encoder has met."""
+    """The three networks and their sizes.
+
+    stage: "scratch", "autoencoder" (the DiT's weights say nothing yet), "base" (public weights), "finetune"
+    or "arc". sampling: the settings the checkpoint recommends, over its stage's defaults, and the words its
+    text encoder has met."""
     def __init__(self, config, stage="scratch", sampling=None):
         super().__init__()
-        self.config, self.stage, self.sampling = config, stage, sampling or {}
-        self.autoencoder, self.conditioner, self.dit = Autoencoder(config), Conditioner(config), DiT(config)
+        self.config = config
+        self.stage = stage
+        self.sampling = sampling or {}
+        self.autoencoder = Autoencoder(config)
+        self.conditioner = Conditioner(config)
+        self.dit = DiT(config)

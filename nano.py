@@ -39,11 +39,12 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchaudio.functional import melscale_fbanks
 
-from common import UserError, finite, keep_memory, load, random_seed, read_checkpoint, run, save, save_whole, whole, writable
-from data import audio_files, read_audio, split
+from audio import read_audio
+from common import UserError, finite, load, random_seed, read_checkpoint, run, save, save_whole, speed, whole, writable
+from data import audio_files, split
 from finetune import average_gradients, micro_rows, start_processes
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta
-from sample import SAMPLERS, prefetch
+from sample import SAMPLERS
 
 INSTRUMENTS = {"marimba": 12}                               # General MIDI programs
 # latent frames per beat. Every note begins with a frame: then the same note is the same latents whenever it is played,
@@ -338,6 +339,8 @@ def train_autoencoder(args):
     model = load(args.init) if args.init else LMDM(PRESETS["nano"])
     model.stage, model.sampling, config = "autoencoder", {}, model.config
     autoencoder, decoder = model.autoencoder.to(device), model.autoencoder.decoder
+    if speed:
+        speed.lay_out(autoencoder)
     say = lambda text: rank or print(text, file=sys.stderr, flush=True)
     made = " ".join(["nano.py", *sys.argv[1:]])
     if args.crop % config.hop or args.crop <= 2048:         # half of the loss's longest spectrum
@@ -388,7 +391,8 @@ def train_autoencoder(args):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
-    draws, clock = prefetch(map(draw, range(start, args.steps))), time.time()
+    draws, clock = map(draw, range(start, args.steps)), time.time()
+    draws = speed.prefetch(draws) if speed else draws
     for step in range(start, args.steps):
         audio, noise = (x.to(device) for x in next(draws))
         with torch.no_grad():
@@ -420,7 +424,8 @@ def train_autoencoder(args):
                 distance, ratio = validate_autoencoder(autoencoder, held_out)
                 say(f"step {step + 1} held out: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB -> {out}")
             clock = time.time()
-    draws.close()
+    if speed:
+        draws.close()
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -518,7 +523,8 @@ def main():
     s.set_defaults(run=pack)
     args = p.parse_args()
     torch.set_flush_denormal(True)
-    keep_memory()
+    if speed:
+        speed.keep_memory()
     if "threads" in args:
         torch.set_num_threads(args.threads)
     args.run(args)

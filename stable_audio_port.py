@@ -7,7 +7,6 @@ A public checkpoint is `model_config.json` and, beside it, `model.safetensors` o
 ways. Text needs T5, thus `transformers`: only here, only when a prompt is encoded, and `--prompts` does that ahead.
 """
 import argparse
-import gc
 import json
 import math
 import os
@@ -15,7 +14,7 @@ import pickle
 import re
 import sys
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -352,45 +351,6 @@ def regime(config):
 
 
 # ------------------------------------------------------------------------------------------------ text
-@lru_cache(maxsize=1)
-def load_t5(text_model):
-    """A folder, or a name in the usual cache -> tokenizer, encoder; kept until `forget_t5`, for prompts typed while a stream
-    plays. Raises UserError where `transformers` or the encoder is missing."""
-    try:
-        from transformers import AutoTokenizer, T5EncoderModel
-    except ImportError as error:
-        raise UserError(f"prompts need T5: pip install transformers sentencepiece ({error}); or stream from a --prompt-file "
-                        "made with stable_audio_port.py --prompts on a machine that has it") from None
-    try:
-        return AutoTokenizer.from_pretrained(text_model), T5EncoderModel.from_pretrained(text_model).float().eval()
-    except Exception as error:                              # a missing folder, no network, a broken file, a missing package
-        raise UserError(f"cannot load the text encoder {text_model!r} ({str(error).strip().splitlines()[0][:150]}); "
-                        "name a folder that holds it: stable_audio_port.py --text-model FOLDER") from None
-
-
-def forget_t5():
-    if load_t5.cache_info().currsize:
-        load_t5.cache_clear()
-        gc.collect()
-
-
-@torch.no_grad()
-def encode_t5(prompts, text_model, tokens, width=None, batch=16):
-    """Prompts -> T5 encoder's last hidden states (B, tokens, width of T5), and the mask (B, tokens), True at words.
-
-    text_model: as for `load_t5`; width: what its states must be. The public tools run it in float16, we in float32."""
-    tokenizer, encoder = load_t5(text_model)
-    if encoder.config.d_model != (width or encoder.config.d_model):
-        raise UserError(f"the text encoder {text_model!r} is {encoder.config.d_model} wide; this checkpoint expects {width}")
-    states, masks = [], []
-    for start in range(0, len(prompts), batch):
-        words = tokenizer(list(prompts[start:start + batch]), truncation=True, max_length=tokens, padding="max_length",
-                          return_tensors="pt")
-        states.append(encoder(input_ids=words.input_ids, attention_mask=words.attention_mask).last_hidden_state)
-        masks.append(words.attention_mask.bool())
-    return torch.cat(states), torch.cat(masks)
-
-
 def save_prompts(model, prompts, path):
     """Encode prompts once and write them, so that a machine without `transformers` can stream. Returns (n, L, cond_width)."""
     with torch.no_grad():

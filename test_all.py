@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -31,18 +32,19 @@ import torch
 import torchaudio
 
 import arc_forcing
+import audio as audio_io
 import common
 import data
 import finetune
 import measure
 import nano
-import precision
 import sample
+import speed
 import stable_audio_port as port
 
 from common import UserError
-from model import (LMDM, PRESETS, Cond, Conditioner, Config, Conv1d, SnakeBeta, add_noise, alpha_sigma, channels_last, denoise, schedule,
-                   shift_time, velocity, visible)
+from model import (LMDM, PRESETS, T5, Cond, Conditioner, Config, Numbered, SnakeBeta, add_noise, alpha_sigma, denoise, forget_t5,
+                   load_t5, schedule, shift_time, velocity, visible)
 from stable_audio_port import load_stable_audio
 
 HERE = Path(__file__).parent
@@ -191,7 +193,7 @@ def test_stream_equals_the_plain_forward(causal):
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_million_frames_on(causal):
     model = tiny(causal=causal)
-    memory = model.dit.memory(condition(model))
+    memory = model.dit.encode_prompt(condition(model))
     prime, noise, out = torch.randn(2, 8, 4 * 6), torch.randn(3, 2, 8, 6), []
     for first in (0, 10 ** 6):
         context, blocks = sample.Context(model, memory, prime, first=first), []
@@ -206,12 +208,13 @@ def test_a_million_frames_on(causal):
 @pytest.mark.parametrize("causal", [True, False])
 def test_context_does_not_depend_on_block_or_level(causal):
     model = tiny(causal=causal)
-    memory, context = model.dit.memory(condition(model)), torch.randn(2, 8, 18)
+    prompt, context = model.dit.encode_prompt(condition(model)), torch.randn(2, 8, 18)
     def keys(x, t):
-        return model.dit.blocks(memory, x, t, (3,), context, (0, 1, 2))[1]
+        return model.dit.blocks(prompt, Numbered(x, (3,)), t, Numbered(context, (0, 1, 2)))[1]
     a, b = keys(torch.randn(2, 8, 6), torch.full((2, 1), 0.1)), keys(torch.randn(2, 8, 6), torch.full((2, 1), 0.9))
     assert all(torch.equal(x, y) for kv, kv2 in zip(a, b) for x, y in zip(kv, kv2))
-    v = [model.dit.blocks(memory, torch.zeros(2, 8, 6), torch.full((2, 1), t), (3,), context, (0, 1, 2))[0] for t in (0.1, 0.9)]
+    block, history = Numbered(torch.zeros(2, 8, 6), (3,)), Numbered(context, (0, 1, 2))
+    v = [model.dit.blocks(prompt, block, torch.full((2, 1), t), history)[0] for t in (0.1, 0.9)]
     assert (v[0] - v[1]).abs().max() > 1e-3                 # while the block itself does
 
 
@@ -234,9 +237,9 @@ def test_each_item_may_have_its_own_seed():
 def test_bf16_is_float32_within_its_error(causal):
     """bf16 keeps 8 bits: a prediction is off by a few times 2^-8; angles, frequencies and the sampler's state keep all."""
     model, low, narrow = tiny(causal=causal, ae_width=64), tiny(causal=causal, ae_width=64), tiny(ae_width=16)
-    assert precision.to_precision(narrow, "bf16") == "bf16" and narrow.autoencoder.decoder[0].weight.dtype == torch.float32
-    assert precision.to_precision(model, "float32") == "float32" and model.dit.project_in.weight.dtype == torch.float32
-    assert precision.to_precision(low, "bf16") == "bf16" and low.dit.project_in.weight.dtype == torch.bfloat16
+    assert speed.to_precision(narrow, "bf16") == "bf16" and narrow.autoencoder.decoder[0].weight.dtype == torch.float32
+    assert speed.to_precision(model, "float32") == "float32" and model.dit.project_in.weight.dtype == torch.float32
+    assert speed.to_precision(low, "bf16") == "bf16" and low.dit.project_in.weight.dtype == torch.bfloat16
     assert [low.autoencoder.decoder[i].weight.dtype for i in (0, -1)] == [torch.bfloat16, torch.float32]
     assert {low.dit.inv_freq.dtype, low.dit.time_frequencies.dtype, low.conditioner.words.table.weight.dtype} == {torch.float32}
     kw = dict(steps=2, sampler="euler", cfg=3.0)
@@ -244,7 +247,7 @@ def test_bf16_is_float32_within_its_error(causal):
         latents_of(low, condition(low), 6, use_cache=False, **kw)
     assert a.dtype == b.dtype == torch.float32
     assert 0 < (a - b).norm() / a.norm() < 0.03 and (b - uncached).norm() / a.norm() < 0.03
-    audio, rough = (torch.cat(list(sample.decode_stream(m.autoencoder, a.split(6, dim=-1))), dim=-1) for m in (model, low))
+    audio, rough = (torch.cat(list(audio_io.decode_stream(m.autoencoder, a.split(6, dim=-1))), dim=-1) for m in (model, low))
     assert rough.dtype == torch.float32 and 0 < (audio - rough).norm() / audio.norm() < 0.03
     assert (rough - rough.bfloat16()).norm() / rough.norm() > 1e-3      # what is heard is not rounded to 8 bits
     assert (low.autoencoder.decode(a) - rough).norm() / audio.norm() < 0.03 and low.autoencoder.decode(a).dtype == torch.float32
@@ -255,17 +258,17 @@ def test_int8_layer_by_hand():
     inputs that are whole steps come out exact."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 48)
-    layer = precision.Int8Linear(linear)
+    layer = speed.Int8Linear(linear)
     x = torch.randn(2, 5, 64)
     want, got = linear(x), layer(x)
     assert got.shape == want.shape and 0 < (got - want).norm() / want.norm() < 0.03
     with torch.no_grad():                                   # a row a hundred times smaller has a scale of its own
         linear.weight[0] /= 100
-    want, got = linear(x)[..., 0] - linear.bias[0], precision.Int8Linear(linear)(x)[..., 0] - linear.bias[0]
+    want, got = linear(x)[..., 0] - linear.bias[0], speed.Int8Linear(linear)(x)[..., 0] - linear.bias[0]
     assert (got - want).norm() / want.norm() < 0.05         # with one scale for all rows: 0.2 to 0.7
     with torch.no_grad():
         linear.weight.copy_(torch.randint(-127, 128, linear.weight.shape)).T[0] = 127
-    exact = precision.Int8Linear(linear)
+    exact = speed.Int8Linear(linear)
     top = 64 if exact.reduce_range else 128
     x = torch.randint(-top, top, (1, 3, 64)).float()
     x[0, 0, :2] = torch.tensor([-top, top - 1.0])           # all of the range, so that a step is 1
@@ -280,19 +283,19 @@ def test_int8_is_float32_within_its_error(causal, bf16, monkeypatch):
     same seed still gives the same stream and its start."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     model, low = tiny(causal=causal, ae_width=64), tiny(causal=causal, ae_width=64)
-    assert precision.to_precision(low, "int8") == "int8"
+    assert speed.to_precision(low, "int8") == "int8"
     half = torch.bfloat16 if bf16 else torch.float32
     types = set()
     for layer in low.dit.layers:
         layer.ff.down.register_forward_hook(lambda _, x, y: types.add((x[0].dtype, y.dtype)))
-    small = {name.split(".", 2)[2] for name, m in low.dit.named_modules() if isinstance(m, precision.Int8Linear)}
+    small = {name.split(".", 2)[2] for name, m in low.dit.named_modules() if isinstance(m, speed.Int8Linear)}
     assert small == {"self_attention.qkv", "self_attention.out", "cross_attention.q", "cross_attention.out", "ff.up"}
     kw = dict(steps=2, sampler="euler", cfg=3.0)
     a, b = (latents_of(m, condition(m), 6, **kw) for m in (model, low))
     assert 0 < (a - b).norm() / a.norm() < 0.05
     assert torch.equal(b[..., :a.shape[-1] // 2], latents_of(low, condition(low), 3, **kw))
     assert types == {(half, half)} and low.dit.project_in.weight.dtype == torch.float32
-    audio, rough = (torch.cat(list(sample.decode_stream(m.autoencoder, a.split(6, dim=-1))), dim=-1) for m in (model, low))
+    audio, rough = (torch.cat(list(audio_io.decode_stream(m.autoencoder, a.split(6, dim=-1))), dim=-1) for m in (model, low))
     assert low.autoencoder.decoder[0].weight.dtype == half and (audio - rough).norm() / audio.norm() < 0.03
 
 
@@ -306,13 +309,15 @@ def test_precision_is_chosen_by_asking_the_hardware(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
         model = tiny()
         model.sampling["int8"] = recommended
-        assert precision.to_precision(model, "auto") == chosen
-        assert precision.to_precision(tiny(), "float32") == precision.choose_precision("float32", torch.device("cpu")) == "float32"
+        assert speed.to_precision(model, "auto") == chosen
+        assert speed.to_precision(tiny(), "float32") == common.training_precision("float32", torch.device("cpu"))[0] == "float32"
+        in_training = common.training_precision("auto", torch.device("cpu"))[0]
+        assert in_training == ("bf16" if avx512_bf16 else "float32")   # int8 is for playing alone
 
 
 def test_cache_does_not_grow():
     model = tiny()
-    context = sample.Context(model, model.dit.memory(condition(model)), torch.zeros(2, 8, 0))
+    context = sample.Context(model, model.dit.encode_prompt(condition(model)), torch.zeros(2, 8, 0))
     sizes = []
     for _ in range(8):
         context.predict(torch.randn(2, 8, 6), torch.tensor(0.5))
@@ -325,20 +330,24 @@ def test_cache_does_not_grow():
 def test_a_block_and_a_piece_are_functions_of_tensors(causal, monkeypatch):
     """What a CUDA graph is recorded of: all that changes is handed in and handed back, and nothing is written where it lies."""
     model, noise, functions = tiny(causal=causal), torch.randn(3, 2, 8, 6), []
-    monkeypatch.setattr(sample, "Graphed", lambda function: functions.append(function) or function)
-    context = sample.Context(model, model.dit.memory(condition(model)), torch.zeros(2, 8, 0))
-    make, decoder = sample.block_by_block(context, LEVELS, "pingpong"), sample.StreamingDecoder(model.autoencoder)
+    monkeypatch.setattr(speed, "Graphed", lambda function: functions.append(function) or function)
+    context = sample.Context(model, model.dit.encode_prompt(condition(model)), torch.zeros(2, 8, 0))
+    make = speed.graphed_block(context, sample.denoise_block, LEVELS, "pingpong", 1.0)
+    decoder = speed.StreamingDecoder(model.autoencoder)
+    draw = lambda: torch.randn(2, 8, 6)
     for _ in range(3):
-        decoder(make(torch.randn(3, 2, 8, 6)))
-    before, prompt = context.memory.tensors(), model.dit.memory(condition(model, "fast", "loud drums")).tensors()
-    given = [context.state, noise, *prompt], [list(decoder.kept.values()), noise[0]]
-    assert not torch.equal(functions[0](context.state, noise, *before)[0], functions[0](*given[0])[0])
+        decoder(make(draw))
+    tensors = lambda prompt: [prompt.global_, *(y for kv in prompt.cross for y in kv)]
+    before, prompt = tensors(context.prompt), tensors(model.dit.encode_prompt(condition(model, "fast", "loud drums")))
+    state = speed.state_of(context)
+    given = [state, noise, *prompt], [list(decoder.kept.values()), noise[0]]
+    assert not torch.equal(functions[0](state, noise, *before)[0], functions[0](*given[0])[0])
     flat = lambda args: [*args[0], *args[1:]]
     copies = [[y.clone() for y in flat(args)] for args in given]
     for function, args, before in zip(functions, given, copies):
         made, after = function(*args)
         for _ in range(2):                                  # now it has been elsewhere
-            decoder(make(torch.randn(3, 2, 8, 6)))
+            decoder(make(draw))
         again, after2 = function(*args)
         assert torch.equal(made, again) and all(torch.equal(a, b) for a, b in zip(after, after2, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(before, flat(args), strict=True))
@@ -356,12 +365,12 @@ def test_graphs_play_what_the_network_plays(causal, cfg, monkeypatch):
         conds = condition(model), condition(model, "fast drums", "slow")
         prompts = iter([None] * 6 + [conds[1]] + [None] * 5)
         blocks = list(sample.stream(model, conds[0], blocks=12, steps=3, sampler="pingpong", cfg=cfg, change=lambda: next(prompts)))
-        return torch.cat([*blocks], -1).cpu(), torch.cat(list(sample.decode_stream(model.autoencoder, blocks)), -1).cpu()
-    on_cpu, record = play("cpu"), sample.Graphed.record
-    monkeypatch.setattr(sample.Graphed, "record", lambda self, *args: recorded.append(1) or record(self, *args))
+        return torch.cat([*blocks], -1).cpu(), torch.cat(list(audio_io.decode_stream(model.autoencoder, blocks)), -1).cpu()
+    on_cpu, record = play("cpu"), speed.Graphed.record
+    monkeypatch.setattr(speed.Graphed, "record", lambda self, *args: recorded.append(1) or record(self, *args))
     graphed = play("cuda")
     assert len(recorded) == 2                               # blocks, pieces
-    monkeypatch.setattr(sample.Graphed, "__call__", lambda self, state, *inputs: self.function(state, *inputs))
+    monkeypatch.setattr(speed.Graphed, "__call__", lambda self, state, *inputs: self.function(state, *inputs))
     for made, plain, slow in zip(graphed, play("cuda"), on_cpu):
         assert (made - plain).abs().max() < 1e-5 * plain.abs().max() and (made - slow).norm() < 1e-2 * slow.norm()
 
@@ -376,7 +385,7 @@ def test_wrong_lengths_are_refused():
 
 def test_text_follows_the_model(monkeypatch):
     """T5's states come from the CPU and must go where the conditioner is, projected or not."""
-    monkeypatch.setattr(port, "encode_t5", lambda prompts, *_: (torch.ones(len(prompts), 3, 8), torch.ones(len(prompts), 3, dtype=torch.bool)))
+    monkeypatch.setattr(T5, "__call__", lambda self, prompts: (torch.ones(len(prompts), 3, 8), torch.ones(len(prompts), 3) > 0))
     for width in 8, 16:
         with torch.device("meta"):
             conditioner = Conditioner(replace(TINY, text="t5", text_tokens=3, text_width=8, cond_width=width))
@@ -388,9 +397,10 @@ def test_words_are_stable():
     words = tiny().conditioner.words
     with torch.no_grad():
         words.table.weight[1:] = torch.arange(1, 65)[:, None]
-    ids = words(["Slow PIANO, 120 bpm"])[0, :, 0].int().tolist()
-    assert ids == [30, 45, 41, 16, 0, 0], ids
-    assert words(["one two three four five six seven eight"]).shape == (1, 6, 16)
+    states, mask = words(["Slow PIANO, 120 bpm"])
+    ids = states[0, :, 0].int().tolist()
+    assert ids == [30, 45, 41, 16, 0, 0] and mask.tolist() == [[True] * 4 + [False] * 2], ids
+    assert words(["one two three four five six seven eight"])[0].shape == (1, 6, 16)
 
 
 # ------------------------------------------------------------------------------------------------ streaming audio
@@ -437,7 +447,7 @@ def test_live_prompts(tiny_file, tmp_path, monkeypatch, call):
     model = sample.load(tiny_file)
     turns = iter([condition(model, "fast piano")])
     latents = latents_of(model, condition(model, "slow piano"), 100, change=lambda: next(turns, None))
-    assert "next: 'fast piano'" in err and np.abs(live.astype(int) - sample.pcm(model.autoencoder.decode(latents))[:17640]).max() <= 1
+    assert "next: 'fast piano'" in err and np.abs(live.astype(int) - audio_io.pcm(model.autoencoder.decode(latents))[:17640]).max() <= 1
     assert not np.array_equal(live, play("")[1])            # nothing typed: the checkpoint's own prompt
     torch.save({"prompts": ["fast"], "embeddings": torch.randn(1, 6, 16)}, tmp_path / "prompts.pt")
     err, there = play("slow\n", "--prompt-file", "prompts.pt")
@@ -455,37 +465,93 @@ def test_streamed_decode_equals_whole(sizes, packed, monkeypatch):
     model = tiny()
     latents = torch.randn(2, 8, 60)
     whole = model.autoencoder.decode(latents)
-    monkeypatch.setattr(sample, "packs", lambda weight: packed and torch.backends.mkldnn.is_available())
-    precision.to_precision(model, "float32")                # changes the order of some weights in memory, no number
-    streamed = torch.cat(list(sample.decode_stream(model.autoencoder, latents.split(sizes, dim=-1))), dim=-1)
+    decoder = audio_io.StreamingDecoder(model.autoencoder)
+    plain = [decoder(piece) for piece in latents.split(sizes, dim=-1)]
+    plain = torch.cat([*plain, decoder(latents[..., :0], last=True)], dim=-1)
+    assert plain.shape == whole.shape and (plain - whole).abs().max() < 1e-5
+    monkeypatch.setattr(speed, "packs", lambda weight: packed and torch.backends.mkldnn.is_available())
+    speed.to_precision(model, "float32")                # changes the order of some weights in memory, no number
+    streamed = torch.cat(list(audio_io.decode_stream(model.autoencoder, latents.split(sizes, dim=-1))), dim=-1)
     assert streamed.shape == whole.shape and (streamed - whole).abs().max() < 1e-5
     sevens = lambda layer: layer.kernel_size == (7,) and layer.bias is not None
-    monkeypatch.setattr(sample.Winograd, "suits", sevens if packed else sample.Winograd.suits)      # the tiny model's matrices are small
-    decoder = sample.StreamingDecoder(model.autoencoder)
+    monkeypatch.setattr(speed.Winograd, "suits", sevens if packed else speed.Winograd.suits)      # the tiny model's matrices are small
+    decoder = speed.StreamingDecoder(model.autoencoder)
     assert packed == any(conv.winograd is not None for conv in decoder.unpadded.values())
     decoder.most = 300                                      # 10 frames of the narrowest layer, one or two of the widest
     streamed = torch.cat([decoder(z, last=i == len(sizes)) for i, z in enumerate([*latents.split(sizes, dim=-1), latents[..., :0]])], dim=-1)
     assert streamed.shape == whole.shape and (streamed - whole).abs().max() < 1e-5
 
 
+def test_without_speed_the_rest_is_complete(tiny_file, music, tmp_path):
+    """The same music within one step of 16 bits, the same loss; an option that only speed.py serves names it."""
+    here = tmp_path / "plain"
+    here.mkdir()
+    for file in HERE.glob("*.py"):
+        if file.name not in ("speed.py", "test_all.py"):
+            shutil.copy(file, here)
+
+    def run(folder, name, *args):
+        return subprocess.run([sys.executable, folder / name, *map(str, args)], cwd=tmp_path, capture_output=True, text=True)
+    played, losses = [], []
+    for folder in HERE, here:
+        out = tmp_path / folder.name
+        done = run(folder, "sample.py", "--ckpt", tiny_file, "--seconds", 0.02, "--precision", "float32", "--device", "cpu",
+                   "--out", f"{out}.wav")
+        assert done.returncode == 0, done.stderr
+        played.append(soundfile.read(f"{out}.wav", dtype="int16")[0].astype(int))
+        done = run(folder, "finetune.py", "--init", tiny_file, "--data", music, "--out", f"{out}.pt", "--steps", 1,
+                   "--batch", 2, "--blocks", 2, "--validation-crops", 2, "--precision", "float32", "--device", "cpu")
+        assert done.returncode == 0, done.stderr
+        losses.append(float(rows_of(f"{out}.csv")[-1]["loss"]))
+    assert played[0].any() and np.abs(played[0] - played[1]).max() <= 1
+    assert abs(losses[0] - losses[1]) < 1e-4 * losses[0]
+    done = run(here, "sample.py", "--ckpt", tiny_file, "--precision", "int8", "--out", "a.wav")
+    assert done.returncode == 2 and "needs speed.py" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_broken_speed_file_is_not_passed_over(tmp_path):
+    shutil.copy(HERE / "common.py", tmp_path)
+    shutil.copy(HERE / "model.py", tmp_path)
+    (tmp_path / "speed.py").write_text("import no_such_package")
+    done = subprocess.run([sys.executable, "-c", "import common"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and "no_such_package" in done.stderr
+
+
+def test_the_road_to_attention_is_short(tiny_file, tmp_path, call, monkeypatch):
+    """Our own frames from a script's main to the attention call, guidance included."""
+    roads, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, **kw):
+        stack = traceback.extract_stack()
+        frames = [f.name for f in stack if Path(f.filename).parent == HERE and f.filename != __file__]
+        roads.append(frames[frames.index("main"):])
+        return real(*args, **kw)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.01, "--threads", 1, "--cfg", 2, "--device", "cpu",
+                       "--out", "a.wav")
+    assert status == 0, err
+    longest = max(roads, key=len)
+    assert len(longest) <= 8, " > ".join(longest)
+
+
 @pytest.mark.parametrize("dilation", [1, 3, 9])
 def test_winograd_is_the_convolution(dilation):
     """For batches and any length, in one piece or several."""
-    conv = Conv1d(20, 30, 7, dilation=dilation).requires_grad_(False)
+    conv = torch.nn.Conv1d(20, 30, 7, dilation=dilation).requires_grad_(False)
     exact = copy.deepcopy(conv).double()
     for batch, outputs, most in itertools.product((1, 3), (1, 5, 6, 7, 50, 217), (512, 4)):
-        x = channels_last(torch.randn(batch, 20, outputs + 6 * dilation))
-        want, got = exact(x.double()), sample.Winograd(conv, most)(x)
+        x = speed.channels_last(torch.randn(batch, 20, outputs + 6 * dilation))
+        want, got = exact(x.double()), speed.Winograd(conv, most)(x)
         assert got.shape == want.shape and (got - want).norm() < 2e-5 * want.norm()
-    large = Conv1d(128, 128, 7)
-    assert sample.Winograd.suits(large) and not sample.Winograd.suits(conv) and not sample.Winograd.suits(large.bfloat16())
+    large = torch.nn.Conv1d(128, 128, 7)
+    assert speed.Winograd.suits(large) and not speed.Winograd.suits(conv) and not speed.Winograd.suits(large.bfloat16())
 
 
 def test_a_decoder_goes_at_once():
     """Its copy of the weights, and on a GPU its graph, must not wait for the garbage collector."""
     gc.disable()
     try:
-        decoder = sample.StreamingDecoder(tiny().autoencoder)
+        decoder = speed.StreamingDecoder(tiny().autoencoder)
         decoder(torch.randn(1, 8, 6))
         left = weakref.ref(decoder)
         del decoder
@@ -498,12 +564,12 @@ def test_a_decoder_goes_at_once():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_layer_is_the_layer(dtype):
     """For any number of rows, though some are added in bf16; the weights are the layer's own, in another order."""
-    assert not precision.packs(torch.empty(1024, 1024, 1))  # oneDNN's order for those made each call rearrange them
+    assert not speed.packs(torch.empty(1024, 1024, 1))  # oneDNN's order for those made each call rearrange them
     if dtype == torch.bfloat16 and not torch.cpu._is_avx512_supported():
         pytest.skip("oneDNN has bf16 with AVX-512")
     for bias in True, False:
         linear = torch.nn.Linear(64, 48, bias=bias).to(dtype)
-        packed = precision.PackedLinear(linear, rows=49)
+        packed = speed.PackedLinear(linear, rows=49)
         for batch, rows in (2, 1), (2, 2), (2, 4), (2, 49), (1, 49):
             x = torch.randn(batch, rows, 64).to(dtype)
             want, got = linear(x), packed(x)
@@ -513,17 +579,17 @@ def test_packed_layer_is_the_layer(dtype):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="--compile needs a C++ compiler")
 def test_compiled_snake_is_the_snake():
     """Into another place, and over the input; channels and lengths vary. In a decoder too, which equals the whole."""
-    snake = sample.fused_snake("cpu", torch.float32)
+    snake = speed.fused_snake("cpu", torch.float32)
     with torch.no_grad():
         for batch, channels, samples in (1, 70, 300), (2, 33, 41), (1, 33, 0):
-            layer = SnakeBeta(channels)
+            layer = speed.PiecewiseSnake(channels)
             torch.nn.init.normal_(layer.alpha), torch.nn.init.normal_(layer.beta)
-            x, out = channels_last(torch.randn(batch, channels, samples)), channels_last(torch.zeros(batch, channels, 2 + samples))
+            x, out = speed.channels_last(torch.randn(batch, channels, samples)), speed.channels_last(torch.zeros(batch, channels, 2 + samples))
             want = layer(x)
             assert torch.allclose(snake(layer, x, out[..., 2:])[..., :samples], want, atol=1e-5) and not out[..., :2].any()
             assert torch.allclose(snake(layer, x, x), want, atol=1e-5) and torch.allclose(x, want, atol=1e-5)
         model, latents = tiny(), torch.randn(1, 8, 30)
-        streamed = torch.cat(list(sample.decode_stream(model.autoencoder, latents.split(6, dim=-1), compile=True)), dim=-1)
+        streamed = torch.cat(list(audio_io.decode_stream(model.autoencoder, latents.split(6, dim=-1), compile=True)), dim=-1)
         assert (streamed - model.autoencoder.decode(latents)).abs().max() < 1e-5
 
 
@@ -539,15 +605,17 @@ def test_without_a_compiler_compile_ends_before_the_output_is_opened(tiny_file, 
 
 def test_snake_in_pieces_is_the_snake():
     """A long input goes through in pieces: the same numbers, also written over the input, in either order of memory."""
-    snake = SnakeBeta(70)
+    snake, plain = speed.PiecewiseSnake(70), SnakeBeta(70)
     torch.nn.init.normal_(snake.alpha), torch.nn.init.normal_(snake.beta)
     x = torch.randn(1, 70, 31000)                           # more than 2 ** 21 values, the last piece is shorter
     want = (x + (snake.alpha.exp()[:, None] * x).sin() ** 2 / (snake.beta.exp()[:, None] + 1e-9)).detach()
+    plain.load_state_dict(snake.state_dict())
+    assert torch.allclose(plain(x), want, atol=1e-6)
     assert torch.allclose(snake(x), want, atol=1e-6)        # with gradients: whole
     with torch.no_grad():
-        for x in x, channels_last(x):
+        for x in x, speed.channels_last(x):
             assert torch.allclose(snake(x), want, atol=1e-6)
-            assert torch.allclose(snake(x, out=x), want, atol=1e-6) and torch.allclose(x, want, atol=1e-6)
+            assert torch.allclose(speed.snake(snake, x, out=x), want, atol=1e-6) and torch.allclose(x, want, atol=1e-6)
 
 
 def test_autoencoder_starts_as_a_codec():
@@ -677,16 +745,16 @@ def test_prime_too_old_to_be_heard_is_left_out(causal):
     model, ran = tiny(causal=causal), []
     c, plain, cond = model.config, model.dit.blocks, condition(model, "slow piano")
     prime, draw = torch.randn(1, 8, (c.reach_blocks + 9) * c.block + 1), noises(0, (1, 8, c.block))
-    context = sample.Context(model, model.dit.memory(cond), prime[..., 1:])                 # all of it
+    context = sample.Context(model, model.dit.encode_prompt(cond), prime[..., 1:])                 # all of it
     want = sample.denoise_block(context.predict, draw(), schedule(2)[:-1], "euler", c.objective, draw)
-    model.dit.blocks = lambda *args: ran.append(args) or plain(*args)
+    model.dit.blocks = lambda *args, **kw: ran.append(args) or plain(*args, **kw)
     got = latents_of(model, cond, 1, steps=2, sampler="euler", cfg=1, prime=prime)
     assert (got - want).abs().max() < 1e-5 and len(ran) == (c.reach_blocks - 1 if causal else 0) + 2
 
 
 def test_side_by_side():
     """Making and decoding blocks share the cores only where there are two to share, and layers are small."""
-    assert sample.side_by_side(tiny(), 2) and not sample.side_by_side(tiny(), 1) and not sample.side_by_side(tiny(width=576, heads=9), 2)
+    assert speed.side_by_side(tiny(), 2) and not speed.side_by_side(tiny(), 1) and not speed.side_by_side(tiny(width=576, heads=9), 2)
 
 
 def test_prefetch():
@@ -695,11 +763,11 @@ def test_prefetch():
         yield threading.get_ident()
         yield 1
         raise UserError("no more")
-    made = sample.prefetch(items())
+    made = speed.prefetch(items())
     assert next(made) != threading.get_ident() and next(made) == 1
     with pytest.raises(UserError, match="no more"):
         next(made)
-    assert list(sample.prefetch(range(100))) == list(range(100))
+    assert list(speed.prefetch(range(100))) == list(range(100))
 
     asked, go = threading.Event(), threading.Event()
     def slow():
@@ -707,7 +775,7 @@ def test_prefetch():
         asked.set()
         go.wait(20)
         yield 1
-    made = sample.prefetch(slow())
+    made = speed.prefetch(slow())
     assert next(made) == 0 and asked.wait(20)               # the next one is begun before it is asked for
     go.set()
     made.close()                                            # ends the thread
@@ -718,7 +786,7 @@ def test_prefetch():
 def test_margins_cover_the_receptive_field(side):
     """A change outside the margin changes nothing; one inside, a little short of it, does (so it is not far too wide)."""
     ae, hop = tiny().autoencoder, TINY.hop
-    margin, T = (TINY.decoder_margin, TINY.encoder_margin)[side == "encoder"], 80
+    margin, T = (audio_io.decoder_margin(TINY), audio_io.encoder_margin(TINY))[side == "encoder"], 80
     x = torch.randn(1, 8, T) if side == "decoder" else torch.randn(1, 2, T * hop)
     run, unit = (ae.decode, 1) if side == "decoder" else (ae.encode, hop)
     def changed(distance):
@@ -751,7 +819,7 @@ def test_streamed_file_is_the_latents_decoded_at_once(tiny_file, tmp_path, call)
     assert call(sample.main, "--ckpt", tiny_file, "--seconds", 0.4, "--seed", 5, "--precision", "float32", "--out", "a.wav")[0] == 0
     model = sample.load(tiny_file)
     latents = latents_of(model, condition(model, "slow piano"), 100, seed=5)
-    whole = sample.pcm(model.autoencoder.decode(latents))[:17640]
+    whole = audio_io.pcm(model.autoencoder.decode(latents))[:17640]
     assert np.abs(soundfile.read(tmp_path / "a.wav", dtype="int16")[0].astype(int) - whole).max() <= 1
 
 
@@ -760,10 +828,10 @@ def test_priming_continues_the_recording(tiny_file, tmp_path, music, call):
     track = music / "tone 0.wav"
     assert call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2, "--prime", track, "--precision", "float32", "--out", "a.wav")[0] == 0
     model = sample.load(tiny_file)
-    prime = data.encode_file(model, track)[None]
+    prime = audio_io.encode_file(model, track)[None]
     latents = latents_of(model, condition(model, "slow piano"), 100, prime=prime)
     whole = model.autoencoder.decode(torch.cat([prime, latents], dim=-1))[..., prime.shape[-1] * TINY.hop:]
-    assert np.abs(soundfile.read(tmp_path / "a.wav", dtype="int16")[0].astype(int) - sample.pcm(whole)[:8820]).max() <= 1
+    assert np.abs(soundfile.read(tmp_path / "a.wav", dtype="int16")[0].astype(int) - audio_io.pcm(whole)[:8820]).max() <= 1
 
 
 def test_closed_pipe_and_interrupt(tiny_file, tmp_path):
@@ -950,7 +1018,7 @@ def test_parallel_loss_equals_one_window_at_a_time():
     model = tiny(causal=True)
     m = 4
     latents, noise, t = torch.randn(2, 8, 7 * 6), torch.randn(2, 8, m * 6), torch.rand(2, m)
-    memory = model.dit.memory(condition(model))
+    memory = model.dit.encode_prompt(condition(model))
     together = finetune.block_losses(model, memory, latents, noise, t)
     for i in range(m):
         alone = finetune.block_losses(model, memory, latents[..., :(4 + i) * 6], noise[..., i * 6:(i + 1) * 6], t[:, i:i + 1])
@@ -961,7 +1029,7 @@ def test_parallel_loss_equals_one_window_at_a_time():
 def test_loss_is_the_stream_s_own_prediction(causal):
     """What is trained is what plays: the loss's v for the last block is `Context.predict`'s."""
     model = tiny(causal=causal)
-    memory, latents, noise, t = model.dit.memory(condition(model)), torch.randn(2, 8, 24), torch.randn(2, 8, 6), torch.tensor(0.4)
+    memory, latents, noise, t = model.dit.encode_prompt(condition(model)), torch.randn(2, 8, 24), torch.randn(2, 8, 6), torch.tensor(0.4)
     loss = finetune.block_losses(model, memory, latents, noise, t.expand(2, 1))
     x0 = latents[..., -6:]
     v = sample.Context(model, memory, latents[..., :-6]).predict(add_noise(x0, noise, t, "rectified_flow"), t)
@@ -1137,7 +1205,7 @@ def test_formats(tmp_path, kind):
     options = dict(format="OGG", subtype="OPUS") if kind == "opus" else {}
     soundfile.write(tmp_path / f"a.{kind}", notes(1.5, rate), rate, **options)
     assert data.audio_files(tmp_path) == [tmp_path / f"a.{kind}"]
-    audio = torch.cat(list(data.read_audio(tmp_path / f"a.{kind}", SMALL_AE)), dim=1)
+    audio = torch.cat(list(audio_io.read_audio(tmp_path / f"a.{kind}", SMALL_AE)), dim=1)
     assert audio.dtype == torch.float32 and audio.shape[0] == 2
     assert abs(audio.shape[1] - 1.5 * 44100) < 0.1 * 44100
     original = torch.from_numpy(notes(1.5, 44100 if kind != "opus" else rate).T.copy())
@@ -1149,9 +1217,9 @@ def test_formats(tmp_path, kind):
 def test_reading_in_pieces_is_reading_whole(tmp_path, monkeypatch, kind):
     options = dict(format="OGG", subtype="OPUS") if kind == "opus" else {}
     soundfile.write(tmp_path / f"a.{kind}", notes(3.3, 48000), 48000, **options)
-    whole = torch.cat(list(data.read_audio(tmp_path / f"a.{kind}", SMALL_AE)), dim=1)
-    monkeypatch.setattr(data, "PIECE", 1)
-    pieces = list(data.read_audio(tmp_path / f"a.{kind}", SMALL_AE))
+    whole = torch.cat(list(audio_io.read_audio(tmp_path / f"a.{kind}", SMALL_AE)), dim=1)
+    monkeypatch.setattr(audio_io, "PIECE", 1)
+    pieces = list(audio_io.read_audio(tmp_path / f"a.{kind}", SMALL_AE))
     assert len(pieces) > 2
     assert (torch.cat(pieces, dim=1) - whole).abs().max() < 1e-5
 
@@ -1161,49 +1229,49 @@ def test_resampling_in_pieces_is_resampling_whole(rate):
     x = torch.from_numpy(notes(2.71, rate).T.copy())
     whole = torchaudio.functional.resample(x, rate, 44100)
     for cuts in ([x], x.split(777, dim=1), x.split(rate, dim=1)):
-        y = torch.cat(list(data.resampled(iter(cuts), rate, 44100)), dim=1)
+        y = torch.cat(list(audio_io.resampled(iter(cuts), rate, 44100)), dim=1)
         assert y.shape == whole.shape and (y - whole).abs().max() < 1e-5
 
 
 def test_odd_rate_needs_no_giant_filter(monkeypatch):
-    real = data.Resample
-    monkeypatch.setattr(data, "Resample", lambda p, q: real(p, q) if max(p, q) < 2000 else pytest.fail("giant filter"))
+    real = torchaudio.transforms.Resample
+    monkeypatch.setattr(torchaudio.transforms, "Resample", lambda p, q: real(p, q) if max(p, q) < 2000 else pytest.fail("giant filter"))
     x = torch.from_numpy(notes(1, 47999).T.copy())
-    y = torch.cat(list(data.resampled([x], 47999, 44100)), dim=1)
+    y = torch.cat(list(audio_io.resampled([x], 47999, 44100)), dim=1)
     assert abs(y.shape[1] - 44100) < 5
 
 
 def test_channels(tmp_path):
     for channels in (1, 2, 6):
-        audio = torch.cat(list(data.read_audio(save_wav(tmp_path / f"{channels}.wav", channels=channels), SMALL_AE)), dim=1)
+        audio = torch.cat(list(audio_io.read_audio(save_wav(tmp_path / f"{channels}.wav", channels=channels), SMALL_AE)), dim=1)
         assert audio.shape == (2, 44100)
         assert (channels == 1) == torch.equal(audio[0], audio[1])
 
 
 # --- latents
 def test_encoding_in_pieces_is_encoding_whole(encoder, monkeypatch):
-    monkeypatch.setattr(data, "PIECE", 0.05)
+    monkeypatch.setattr(audio_io, "PIECE", 0.05)
     for samples in (44100, 44100 // 64 * 64, 64 * 40 + 63, 64, 20000):
         x = torch.from_numpy(notes(1).T.copy())[:, :samples]
         with torch.no_grad():
             whole = encoder.autoencoder.encode(x[None])[0]
         for cuts in ([x], x.split(1000, dim=1), x.split(7001, dim=1)):
-            pieces = list(data.encode_chunks(encoder.autoencoder, SMALL_AE, iter(cuts)))
+            pieces = list(audio_io.encode_chunks(encoder.autoencoder, SMALL_AE, iter(cuts)))
             assert samples < 10000 or len(pieces) > 5
             assert (torch.cat(pieces, dim=1) - whole).abs().max() < 1e-5
 
 
 def test_encode_file(encoder, tmp_path):
-    latents = data.encode_file(encoder, save_wav(tmp_path / "a.wav", 1))
+    latents = audio_io.encode_file(encoder, save_wav(tmp_path / "a.wav", 1))
     assert latents.shape == (8, 44100 // 64) and latents.dtype == torch.float32
     for last in 1, 200, 1000:
-        end = data.encode_file(encoder, tmp_path / "a.wav", last)
+        end = audio_io.encode_file(encoder, tmp_path / "a.wav", last)
         assert end.shape == latents[:, -last:].shape and (end - latents[:, -last:]).abs().max() < 1e-5
     soundfile.write(tmp_path / "b.wav", np.zeros((10, 2)), 44100)
     with pytest.raises(UserError, match="too short"):
-        data.encode_file(encoder, tmp_path / "b.wav")
+        audio_io.encode_file(encoder, tmp_path / "b.wav")
     with pytest.raises(UserError, match="no such file"):
-        data.encode_file(encoder, tmp_path / "c.wav")
+        audio_io.encode_file(encoder, tmp_path / "c.wav")
 
 
 def test_latents_on_disk(encoder, tmp_path):
@@ -1213,7 +1281,7 @@ def test_latents_on_disk(encoder, tmp_path):
     assert [t.name for t in d.tracks] == ["album/a.wav", "b.wav"] and len(d.train) == len(d.validation) == 1
     for track in d.tracks:
         assert track.latents.dtype == np.float16 and track.latents.shape == (track.frames, 8)
-        whole = data.encode_file(encoder, tmp_path / "music" / track.name)
+        whole = audio_io.encode_file(encoder, tmp_path / "music" / track.name)
         assert np.abs(track.latents - whole.T.numpy()).max() < 5e-3
     assert d.latent_std == pytest.approx(np.concatenate([t.latents for t in d.tracks]).astype(float).std(), rel=1e-3)
     assert d.hours == pytest.approx(1.8 / 3600, rel=0.01)
@@ -1222,7 +1290,7 @@ def test_latents_on_disk(encoder, tmp_path):
 
 def test_resume_and_redo(encoder, tmp_path, monkeypatch):
     made = []
-    real = data.read_audio
+    real = audio_io.read_audio
     monkeypatch.setattr(data, "read_audio", lambda file, config: made.append(file.name) or real(file, config))
 
     def run(m=encoder):
@@ -1252,7 +1320,7 @@ def test_resume_and_redo(encoder, tmp_path, monkeypatch):
 def test_stopped_while_encoding_goes_on_with_the_rest(encoder, tmp_path, monkeypatch):
     for i, name in enumerate("abc"):
         save_wav(tmp_path / f"music/{name}.wav", 0.7, seed=i)
-    real, made = data.read_audio, []
+    real, made = audio_io.read_audio, []
 
     def read(file, config):
         made.append(file.name)
@@ -1505,7 +1573,7 @@ def check_networks(model, z, numbers):
     both = Cond(*(torch.cat(pair) for pair in zip(cond, cond.null())))
     v = model.dit(z["x"].repeat(2, 1, 1), z["t"].repeat(2), both)
     close(v[:2], z["v"])
-    close(sample.with_guidance(lambda x, t: v, 4)(None, None), z["v_cfg4"])
+    close(sample.guided(v, 4), z["v_cfg4"])
     return cond
 
 
@@ -1756,7 +1824,7 @@ def test_t5_equals_running_it_by_hand(tmp_path):
     t5.save_pretrained(tmp_path)
     prompts = ["warm rhodes piano", "drums", "", "drums " * 100]
     model = small(text_model=str(tmp_path))
-    states, mask = port.encode_t5(prompts, str(tmp_path), 64)
+    states, mask = T5(str(tmp_path), None, 64)(prompts)
     assert states.shape == (4, 64, 768) and mask.sum(1).tolist() == [4, 2, 1, 64]
     with torch.no_grad():
         for row, prompt in enumerate(prompts[:3]):          # by hand, without any padding
@@ -1770,14 +1838,14 @@ def test_t5_equals_running_it_by_hand(tmp_path):
     assert port.load_prompts(tmp_path / "out" / "prompts.pt")[0] == prompts
     assert torch.equal(port.load_prompts(tmp_path / "out" / "prompts.pt")[1], embeddings)
     with pytest.raises(UserError, match="768 wide; this checkpoint expects 512"):
-        port.encode_t5(prompts, str(tmp_path), 64, 512)
-    encoder = weakref.ref(port.load_t5(str(tmp_path))[1])
+        T5(str(tmp_path), 512, 64)(prompts)
+    encoder = weakref.ref(load_t5(str(tmp_path))[1])
     shutil.rmtree(tmp_path)
-    port.encode_t5(prompts, str(tmp_path), 64)              # a later prompt reads nothing again
-    port.forget_t5()
+    T5(str(tmp_path), None, 64)(prompts)                    # a later prompt reads nothing again
+    forget_t5()
     assert encoder() is None
     with pytest.raises(UserError, match="cannot load the text encoder"):
-        port.encode_t5(prompts, str(tmp_path), 64)
+        T5(str(tmp_path), None, 64)(prompts)
 
 
 # ------------------------------------------------------------------------------------------------ ARC-Forcing
@@ -1796,7 +1864,7 @@ def test_rollout_is_the_stream(causal, objective):
     model = tiny(causal=causal, objective=objective)
     cond = condition(model)
     for prime in (torch.randn(2, 8, 18), torch.zeros(2, 8, 18)):
-        latents, last = arc_forcing.rollout(model, model.dit.memory(cond), prime, LEVELS, [3] * 5, noises(4))
+        latents, last = arc_forcing.rollout(model, model.dit.encode_prompt(cond), prime, LEVELS, [3] * 5, noises(4))
         played = latents_of(model, cond, 5, steps=3, sampler="pingpong", seed=4, prime=prime if prime.any() else None)
         assert torch.equal(latents, played) and [t for _, t in last] == [LEVELS[-1]] * 5
 
@@ -1812,7 +1880,7 @@ def test_replay_gives_the_gradients_of_the_plain_rollout(causal, objective):
         for p in trained:
             p.grad = None
             p.requires_grad_()
-        backward(model.dit.memory(condition(model)))
+        backward(model.dit.encode_prompt(condition(model)))
         return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained]
 
     def plain(memory, detach=True):
@@ -1826,14 +1894,15 @@ def test_replay_gives_the_gradients_of_the_plain_rollout(causal, objective):
                     kv, index = None, ()
                     if causal:
                         for j in range(n):
-                            new = model.dit.blocks(memory, clean=history[..., j * 6:j * 6 + 6], clean_index=(j,), past=kv, past_index=index)[1]
+                            clean = Numbered(history[..., j * 6:j * 6 + 6], (j,))
+                            new = model.dit.blocks(memory, clean=clean, cached=Numbered(kv, index))[1]
                             kv = new if kv is None else [tuple(torch.cat(p, 2)[:, :, -18:] for p in zip(a, b)) for a, b in zip(kv, new)]
                             index = (*index, j)[-3:]
                     else:
                         index = tuple(range(n - 3, n))
-                        kv = model.dit.blocks(memory, clean=history[..., -18:], clean_index=index)[1]
+                        kv = model.dit.blocks(memory, clean=Numbered(history[..., -18:], index))[1]
                 with torch.set_grad_enabled(i == k - 1):
-                    v = model.dit.blocks(memory, x, t.expand(2, 1), (n,), past=kv, past_index=index)[0]
+                    v = model.dit.blocks(memory, Numbered(x, (n,)), t.expand(2, 1), cached=Numbered(kv, index))[0]
                     x0, _ = denoise(x, v, t, objective)
                 if i < k - 1:
                     x = add_noise(x0, draw(), LEVELS[i + 1], objective)
@@ -1863,7 +1932,7 @@ def test_replay_in_bf16(causal):
     for precision_ in contextlib.nullcontext, lambda: torch.autocast("cpu", torch.bfloat16):
         model.zero_grad()
         with precision_():
-            memory = model.dit.memory(condition(model))
+            memory = model.dit.encode_prompt(condition(model))
         if not made:                                        # the same for both
             latents, last = arc_forcing.rollout(model, memory, prime, LEVELS, [1, 3, 2, 1, 3], noises(4))
         arc_forcing.replay(model, memory, prime, latents, last, gradient, precision_)
@@ -1877,12 +1946,13 @@ def test_gradient_flows_only_through_last_evaluations(causal):
     """The differentiated calls of the network: one a block, at its last level, on inputs that carry no graph."""
     model, ks, seen = tiny(causal=causal), [2, 1, 3], []
     plain = model.dit.blocks
-    def spy(memory, noisy=None, t=None, noisy_index=(), clean=None, clean_index=(), past=None, past_index=(), start=0):
+    def spy(prompt, noisy, t, clean, cached, start):
         if torch.is_grad_enabled():
-            seen.append((noisy_index[0] + start // 6, t[0, 0].item(), clean, noisy.requires_grad or any(y.requires_grad for kv in past for y in kv)))
-        return plain(memory, noisy, t, noisy_index, clean, clean_index, past, past_index, start)
+            graph = noisy.data.requires_grad or any(y.requires_grad for kv in cached.data for y in kv)
+            seen.append((noisy.index[0] + start // 6, t[0, 0].item(), clean.data, graph))
+        return plain(prompt, noisy, t, clean, cached, start)
     model.dit.blocks = spy
-    memory = model.dit.memory(condition(model.requires_grad_()))
+    memory = model.dit.encode_prompt(condition(model.requires_grad_()))
     latents, last = arc_forcing.rollout(model, memory, torch.randn(2, 8, 18), LEVELS, ks, noises(0))
     assert seen == []
     arc_forcing.replay(model, memory, torch.randn(2, 8, 18), latents, last, torch.ones_like(latents), contextlib.nullcontext)
@@ -1998,7 +2068,7 @@ def test_on_policy_warmup_plays_its_own_streams(finetuned, call):
     tracks, c = data.prepare(folder, model, finetuned / "out" / "latents", quiet=True).train, model.config
     b = arc_forcing.draw_batch(tracks, c, 4, 2, 3, slice(0, 4), 0, "warm G", 0)
     cond = finetune.condition(model, finetune.encode_texts(model, tracks), b.prompts, "cpu")
-    context, played = sample.Context(model, model.dit.memory(cond), b.latents[..., :c.context]), [b.latents[..., :c.context]]
+    context, played = sample.Context(model, model.dit.encode_prompt(cond), b.latents[..., :c.context]), [b.latents[..., :c.context]]
     with torch.no_grad():
         for _ in range(2):
             played.append(sample.denoise_block(context.predict, b.draw(), schedule(3)[:-1], "dpmpp", c.objective, None))
@@ -2008,7 +2078,7 @@ def test_on_policy_warmup_plays_its_own_streams(finetuned, call):
         assert (torch.stack([streams[i][0] for i in range(4)]) - expected).abs().max() < 1e-6
         points, end = arc_forcing.trajectory(model, cond, expected, schedule(4)[:-1], 3.0, b.draw)
         b.rng.random(4)                                     # which items are to begin anew
-        context = sample.Context(model, model.dit.memory(cond), expected)
+        context = sample.Context(model, model.dit.encode_prompt(cond), expected)
         errors = [(context.predict(x, t) - (x - end) / t).square().mean() for x, t in (points[i] for i in b.rng.permutation(4)[:3])]
     assert float(rows_of(finetuned / "o.csv")[0]["loss"]) == pytest.approx(np.mean(errors), rel=1e-4)
 
