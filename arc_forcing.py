@@ -39,7 +39,7 @@ PATIENCE = 100                                              # steps of the game 
 OWN_BLOCKS, RESTART = 2, 1 / 30                             # of a stream of G's own: blocks a step, and the chance of a new one
 
 
-# ------------------------------------------------------------------------------------------------ losses
+# -------------------------------------------------------------------------------- losses
 # D's scores (B, S) of the same frames, real and rolled out from the same context, at the same level with the same noise;
 # weights (B, S) of the frames, adding up to 1 in each item. Each returns (B,).
 def generator_loss(real, fake, weights):
@@ -57,7 +57,7 @@ def contrastive_loss(real, wrong, weights, differs):
     return (weights * F.softplus(wrong - real)).sum(1) * differs
 
 
-# ------------------------------------------------------------------------------------------------ the discriminator
+# -------------------------------------------------------------------------------- the discriminator
 class ConvNeXt(nn.Module):
     def __init__(self, width, stride):
         super().__init__()
@@ -122,7 +122,7 @@ def flow_loss(critic, cond, x0, noise, t, music, remat=False):
     return (error * music).sum(1) / music.sum(1)
 
 
-# ------------------------------------------------------------------------------------------------ the rollout
+# -------------------------------------------------------------------------------- the rollout
 def recorded(predict, seen):
     def predict_and_record(x, t):
         seen.append((x, t))
@@ -181,7 +181,7 @@ def pick_up(streams, items, prime, prompts, anew):
     return torch.stack(contexts).to(prime.device), list(prompts)
 
 
-# ------------------------------------------------------------------------------------------------ what a step draws
+# -------------------------------------------------------------------------------- what a step draws
 class Batch(NamedTuple):
     """Rows of a batch; everything random is drawn for the whole batch, then cut to them."""
     latents: torch.Tensor                                   # (B, C, context + rollout): real
@@ -224,7 +224,7 @@ def verdict(recent):
         return f"{'D' if margin > 0 else 'G'} wins every time (margin {margin:.1f}): lower {'--d-lr' if margin > 0 else '--lr'} or warm up longer"
 
 
-# ------------------------------------------------------------------------------------------------ the script
+# -------------------------------------------------------------------------------- the script
 def parser():
     p = argparse.ArgumentParser(description="ARC-Forcing: stable for minutes, in a handful of steps.", allow_abbrev=False)
     p.add_argument("--init", default="out/finetune.pt", help="finetuned checkpoint to start from")

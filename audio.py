@@ -246,24 +246,9 @@ class WavWriter:
     def header(self, samples):
         size = 2 * self.channels * samples if samples is not None else 2 ** 32
         riff, data = (min(n, 2 ** 32 - 1) for n in (size + 36, size))   # all ones: the convention for streams
-        self.file.write(
-            struct.pack(
-                "<4sI4s4sIHHIIHH4sI",
-                b"RIFF",
-                riff,
-                b"WAVE",
-                b"fmt ",
-                16,
-                1,
-                self.channels,
-                self.rate,
-                2 * self.channels * self.rate,
-                2 * self.channels,
-                16,
-                b"data",
-                data,
-            )
-        )
+        self.file.write(struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", riff, b"WAVE", b"fmt ", 16, 1,
+                                    self.channels, self.rate, 2 * self.channels * self.rate,
+                                    2 * self.channels, 16, b"data", data))
 
     def write(self, samples):                               # int16 (n, channels)
         self.file.write(samples.tobytes())

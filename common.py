@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:    # speed.py only makes things faster: all
 PRECISIONS = "auto", "float32", "bf16", "int8"
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------- checkpoints
 def writable(path):
     """Path of a file that is to be written later. UserError where it cannot be, before any work is done for
     it."""
@@ -66,12 +66,13 @@ def save(model, path, step=0, made="", dtype=None, **extra):
     Raises UserError where it cannot be written, and for weights that are not finite: the file of before is
     worth more."""
     # only matrices are rounded: vectors (norms, frequencies, biases) are small and sensitive
-    weights = {k: v.to("cpu", dtype if dtype and v.ndim > 1 else v.dtype) for k, v in model.state_dict().items()}
+    weights = {k: v.to("cpu", dtype if dtype and v.ndim > 1 else v.dtype) for k,
+               v in model.state_dict().items()}
     judge = extra.get("discriminator", {}).get("weights", {})
     if not all(v.isfinite().all() for v in (*weights.values(), *judge.values())):
         raise UserError(f"not written: the weights are no longer finite (a lower --lr?); what {path} held before is still there")
-    save_whole({"config": model.config.to_dict(), "weights": weights, "stage": model.stage, "sampling": model.sampling,
-                "step": step, "made": made, **extra}, path)
+    save_whole({"config": model.config.to_dict(), "weights": weights, "stage": model.stage,
+                "sampling": model.sampling, "step": step, "made": made, **extra}, path)
 
 
 def read_checkpoint(path):
@@ -134,7 +135,7 @@ def default_checkpoint():
     raise UserError("no checkpoint: out/arc.pt, out/finetune.pt and nano.pt are all missing; name one with --ckpt")
 
 
-# ------------------------------------------------------------------------------------------------ the machine
+# -------------------------------------------------------------------------------- the machine
 def device_of(name):
     """torch.device of "cpu", "cuda", "cuda:1". Raises UserError where there is none on this machine."""
     try:
@@ -176,7 +177,7 @@ def training_precision(name, device):
     return "float32", contextlib.nullcontext
 
 
-# ------------------------------------------------------------------------------------------------ scripts
+# -------------------------------------------------------------------------------- scripts
 def positive(text):
     value = float(text)
     if not value > 0:

@@ -36,7 +36,7 @@ METADATA = "metadata.csv", "metadata.jsonl"
 SHORTEST = 0.5                                              # seconds; a shorter clip is no music
 
 
-# ------------------------------------------------------------------------------------------------ finding files
+# -------------------------------------------------------------------------------- finding files
 def walk(folder):
     """All files of a folder, sorted. Hidden ones and our own `out/` are passed over; links are followed."""
     folder, files, seen = Path(folder), [], {os.path.realpath("out")}
@@ -75,7 +75,7 @@ def split(names, share=1 / 16):
     return sorted(ranked[n:]), sorted(ranked[:n])
 
 
-# ------------------------------------------------------------------------------------------------ prompts
+# -------------------------------------------------------------------------------- prompts
 def read_metadata(folder):
     """All `metadata.jsonl` and `metadata.csv` under the folder -> {file name relative to the folder: prompt}.
 
@@ -125,7 +125,7 @@ def prompt_of(file, folder, metadata):
     return f"{clean(file.stem)}, {clean(Path(os.path.abspath(file)).parent.name)}"
 
 
-# ------------------------------------------------------------------------------------------------ latents
+# -------------------------------------------------------------------------------- latents
 def at_least_a_block(file, chunks, config):
     """Pass audio on; refuse a clip under `SHORTEST` and fill one under a block with silence at its end."""
     samples = 0
@@ -281,7 +281,7 @@ def report(dataset, latents_dir, unknown):
         f"latents (standard deviation {dataset.latent_std:.2f}) in {latents_dir}")
 
 
-# ------------------------------------------------------------------------------------------------ crops
+# -------------------------------------------------------------------------------- crops
 def crops_at(tracks, blocks, block, positions):
     """Crops at positions in [0, 1) of all tracks laid end to end: every frame as likely as any other where the positions are
     random, not aligned to blocks.

@@ -31,7 +31,7 @@ from model import LMDM, PRESETS, Cond, Numbered, add_noise, forget_t5, shift_tim
 from sample import stream
 
 
-# ------------------------------------------------------------------------------------------------ the loss
+# -------------------------------------------------------------------------------- the loss
 def block_losses(model, prompt, latents, noise, t, remat=False):
     """Mean squared error on v of the last m blocks of latents (B, C, n * block), each at its own level t (B, m).
 
@@ -96,7 +96,7 @@ def validation_loss(model, tracks, texts, args, device, precision):
     return total / (weights.sum().item())
 
 
-# ------------------------------------------------------------------------------------------------ prompts
+# -------------------------------------------------------------------------------- prompts
 def encode_texts(model, tracks):
     """Where prompts go through T5: {prompt: embedding}, made once. The word table is trained, so it is asked each step."""
     if model.conditioner.text_encoder.trains:
@@ -117,7 +117,7 @@ def condition(model, texts, prompts, device, kept=None, frames=None):
     return cond if kept is None else Cond(cond.tokens * kept.to(device)[:, None, None], cond.global_)
 
 
-# ------------------------------------------------------------------------------------------------ machine
+# -------------------------------------------------------------------------------- machine
 def start_processes(device):
     """(rank, world, device) of this process: torchrun's, or the only one. Raises UserError."""
     if "RANK" not in os.environ:
@@ -172,7 +172,7 @@ def micro_rows(batch, accumulate, world, rank):
     return [slice((i * world + rank) * size, (i * world + rank + 1) * size) for i in range(accumulate)]
 
 
-# ------------------------------------------------------------------------------------------------ records
+# -------------------------------------------------------------------------------- records
 class Log:
     """A CSV file beside the checkpoint, one row at a time; a resumed run drops the rows that it will write again."""
 
@@ -206,7 +206,7 @@ def render_sample(model, texts, prompt, path, seconds, device, precision):
         writer.close()
 
 
-# ------------------------------------------------------------------------------------------------ the script
+# -------------------------------------------------------------------------------- the script
 def parser():
     p = argparse.ArgumentParser(description="Finetune a model to stream, on a folder of audio.", allow_abbrev=False)
     p.add_argument("--data", help="folder of audio files (needed, except with --resume)")

@@ -27,7 +27,7 @@ from sample import SAMPLERS, known_words, sampling_settings, stream
 HOP = 512                                                   # samples between frames of the figures below
 
 
-# ------------------------------------------------------------------------------------------------ figures of a sound
+# -------------------------------------------------------------------------------- figures of a sound
 def log_mel(audio, rate):
     """Audio (2, n) -> power of the mid signal in 64 mel bands in dB, floor -80 (frames, 64)."""
     mel = MelSpectrogram(rate, n_fft=2048, hop_length=HOP, n_mels=64, f_min=30, normalized=True)(audio.mean(0))
@@ -89,7 +89,7 @@ def picture(path, sounds, rate, seconds=15):
     print(f"-> {path}", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------ what is compared
+# -------------------------------------------------------------------------------- what is compared
 def read_split(folder, dataset, config, seconds, most):
     """(training, held-out) audio: up to `most` excerpts of `seconds` a side, from the middle of the split's tracks."""
     sides, n = [], round(seconds * config.sample_rate)

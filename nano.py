@@ -57,7 +57,7 @@ AFTER_FINETUNING = dict(steps=16, cfg=4.5, sampler="euler")    # what a model fi
 NOTES = {}                                                  # {instrument: {pitch: int16 (samples, 2)}}, in each worker
 
 
-# ------------------------------------------------------------------------------------------------ scores -> audio
+# -------------------------------------------------------------------------------- scores -> audio
 def read_chorale(path):
     """A chorale of music21's corpus, moved to C major or A minor -> (key name, beats, notes [(beat, pitch, voice)])."""
     from music21 import corpus
@@ -168,7 +168,7 @@ def make_data(args):
     print(f"{len(rows)} tracks, {hours:.2f} h in {folder}, {time.time() - started:.0f} s", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------ autoencoder
+# -------------------------------------------------------------------------------- autoencoder
 def mid_side(audio):                                        # (B, 2, n) -> (B, 4, n): left, right, mid, side
     left, right = audio.unbind(1)
     return torch.stack([left, right, (left + right) / 2, (left - right) / 2], dim=1)
@@ -477,7 +477,7 @@ def pack(args):
     print(f"-> {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# -------------------------------------------------------------------------------- command line
 def main():
     p = argparse.ArgumentParser(description="Make the small model that ships here, stage by stage.", allow_abbrev=False)
     stages = p.add_subparsers(dest="stage", required=True)

@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from audio import decode_stream, decoder_margin, encode_file, open_output, pcm
-from common import (PRECISIONS, UserError, default_checkpoint, device_of, discard_output, finite, load, needs_speed,
-                    playing_precision, positive, random_seed, run, speed, whole)
+from common import (PRECISIONS, UserError, default_checkpoint, device_of, discard_output, finite, load,
+                    needs_speed, playing_precision, positive, random_seed, run, speed, whole)
 from model import NO_BLOCKS, Cond, Numbered, add_noise, alpha_sigma, denoise, forget_t5, schedule, words_of
 
 SAMPLERS = "euler", "dpmpp", "pingpong"
@@ -65,7 +65,8 @@ class Context:
 
     def append(self, block):
         """A block (B, C, block) is finished. Block-causal, the one before must be cached: `predict` has done it."""
-        assert not (self.waiting and self.grows), "a finished block would be lost: call predict() between two blocks"
+        assert not (self.waiting
+                    and self.grows), "a finished block would be lost: call predict() between two blocks"
         self.finished = torch.cat([self.finished, block.detach()], dim=-1)[..., -self.frames_kept:]
         self.start = self.start + self.model.config.block
         self.waiting = True
@@ -101,7 +102,8 @@ class Context:
         """Append keys and values of the waiting blocks to the cache and forget what no later block sees."""
         keep = self.model.config.context
         if self.kv is not None:
-            new = [(torch.cat([k, k2], dim=2), torch.cat([v, v2], dim=2)) for (k, v), (k2, v2) in zip(self.kv, new)]
+            new = [(torch.cat([k, k2], dim=2), torch.cat([v, v2], dim=2)) for (k, v),
+                   (k2, v2) in zip(self.kv, new)]
         self.kv = [(k[:, :, -keep:], v[:, :, -keep:]) for k, v in new]
         self.waiting = False
 
@@ -160,7 +162,8 @@ def sampling_settings(model, steps=None, sampler=None, cfg=None):
 
 
 @torch.no_grad()
-def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed=0, prime=None, use_cache=True, change=None):
+def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed=0, prime=None,
+           use_cache=True, change=None):
     """Yield latent blocks (B, C, block), for ever when `blocks` is None; the first n do not depend on
     `blocks`.
 
@@ -176,7 +179,8 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
     levels = schedule(settings["steps"])[:-1].to(device)
     objective = model.config.objective
     draw = noise_source(model.config, [seed] if isinstance(seed, int) else seed, len(cond.tokens))
-    context = Context(model, model.dit.encode_prompt(with_null(cond, cfg)), still_heard(model.config, cond, prime), use_cache)
+    context = Context(model, model.dit.encode_prompt(with_null(cond, cfg)),
+                      still_heard(model.config, cond, prime), use_cache)
     make = None
     if speed and device.type == "cuda":
         make = speed.graphed_block(context, denoise_block, levels, sampler, cfg)
@@ -186,7 +190,8 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
         if make:
             x = make(draw)
         else:
-            x = denoise_block(context.predict, draw().to(device), levels, sampler, objective, lambda: draw().to(device), cfg)
+            x = denoise_block(context.predict, draw().to(device), levels, sampler, objective,
+                              lambda: draw().to(device), cfg)
             context.append(x)
         yield x
 
@@ -220,7 +225,8 @@ def clip(model, cond, frames, *, steps=None, sampler=None, cfg=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def draw():
-        return torch.randn(len(cond.tokens), model.config.latent_channels, frames, generator=generator).to(device)
+        return torch.randn(len(cond.tokens), model.config.latent_channels, frames,
+                           generator=generator).to(device)
 
     def predict(x, t):
         return model.dit(repeated(x, len(both.tokens)), t.expand(len(both.tokens)), both)
@@ -244,7 +250,8 @@ def known_words(model, prompt):
     if unknown:
         print(f"words that this model has not learned are left out: {', '.join(unknown)}", file=sys.stderr)
     if kept[read:]:
-        print(f"words beyond the {read} that it reads are left out: {', '.join(kept[read:])}", file=sys.stderr)
+        print(f"words beyond the {read} that it reads are left out: {', '.join(kept[read:])}",
+              file=sys.stderr)
     return prompt if kept[:read] == words else " ".join(kept[:read])
 
 
@@ -300,30 +307,35 @@ def new_prompt(model, prompt_file, lines):
 
 # -------------------------------------------------------------------------------- command line
 def parse(argv=None):
-    p = argparse.ArgumentParser(description="Stream music, block by block, as a WAV on standard output.", allow_abbrev=False)
+    p = argparse.ArgumentParser(description="Stream music, block by block, as a WAV on standard output.",
+                                allow_abbrev=False)
     p.add_argument("--ckpt", help="checkpoint (default: out/arc.pt, else out/finetune.pt, else nano.pt)")
     p.add_argument("--prompt", help="what to play (default: the checkpoint's own example)")
     p.add_argument("--prompt-file", help="embeddings written by stable_audio_port.py --prompts; the first, or the one --prompt names")
-    p.add_argument("--seconds", type=positive, help="length (default: 30, or a whole clip if that is shorter; with --live inf); "
-                                                    "inf plays until stopped")
+    p.add_argument("--seconds", type=positive,
+                   help="length (default: 30, or a whole clip if that is shorter; with --live inf); "
+                   "inf plays until stopped")
     p.add_argument("--prime", help="audio file to go on from")
-    p.add_argument("--live", action="store_true", help="each line typed while a player plays is the prompt from the next block on "
-                                                       "(not on Windows)")
+    p.add_argument("--live", action="store_true",
+                   help="each line typed while a player plays is the prompt from the next block on "
+                   "(not on Windows)")
     p.add_argument("--out", help=".wav or .flac instead of standard output")
     # sampling
     p.add_argument("--seed", type=random_seed, default=0)
     p.add_argument("--steps", type=whole, help="denoising steps per block (default: the checkpoint's)")
     p.add_argument("--cfg", type=finite, help="guidance, 1 for none (default: the checkpoint's)")
     p.add_argument("--sampler", choices=SAMPLERS, help="(default: the checkpoint's)")
-    p.add_argument("--no-cache", action="store_true", help="recompute the whole context at every step: slow, the same music but "
-                                                           "for rounding (in int8 that makes another tune)")
+    p.add_argument("--no-cache", action="store_true",
+                   help="recompute the whole context at every step: slow, the same music but "
+                   "for rounding (in int8 that makes another tune)")
     # machine
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=PRECISIONS, default="auto",
                    help="auto: int8 where CPU and checkpoint suit it, else bf16 where it is faster")
     p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
-    p.add_argument("--compile", action="store_true", help="compile part of the decoder, 20 s more before the first block, then "
-                                                          "faster; on a GPU also the transformer, a minute")
+    p.add_argument("--compile", action="store_true",
+                   help="compile part of the decoder, 20 s more before the first block, then "
+                   "faster; on a GPU also the transformer, a minute")
     return p.parse_args(argv)
 
 

@@ -70,11 +70,8 @@ def snake(layer, x, out=None):
     return out
 
 
-FASTER = {
-    nn.Conv1d: ChannelsLastConv,
-    nn.ConvTranspose1d: ChannelsLastConvTranspose,
-    SnakeBeta: PiecewiseSnake,
-}
+FASTER = {nn.Conv1d: ChannelsLastConv, nn.ConvTranspose1d: ChannelsLastConvTranspose,
+          SnakeBeta: PiecewiseSnake}
 
 
 def lay_out(autoencoder):
@@ -184,14 +181,8 @@ def to_precision(model, name):
             layer.weight.data = layer.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
     for layer in model.dit.layers:
         attention, cross = layer.self_attention, layer.cross_attention
-        for part, child in (
-            (attention, "qkv"),
-            (attention, "out"),
-            (cross, "q"),
-            (cross, "out"),
-            (layer.ff, "up"),
-            (layer.ff, "down"),
-        ):
+        for part, child in ((attention, "qkv"), (attention, "out"), (cross, "q"), (cross, "out"),
+                            (layer.ff, "up"), (layer.ff, "down")):
             linear = getattr(part, child)
             # the inputs of "down" have outliers that 8 bits do not hold
             if name == "int8" and child != "down":

@@ -33,7 +33,7 @@ def first_few(names):
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-# ------------------------------------------------------------------------------------------------ model_config.json
+# -------------------------------------------------------------------------------- model_config.json
 # The public name of what the network predicts -> ours. The "denoiser" ones are the same networks after adversarial
 # post-training, meant for few-step ping-pong sampling.
 OBJECTIVES = {"v": "v", "v_denoiser": "v", "rectified_flow": "rectified_flow", "rf_denoiser": "rectified_flow"}
@@ -152,7 +152,7 @@ def read_config(path):
         clip=(frames := need("sample_size", public) // math.prod(strides))), objective, read_stream(public.get("training", {}), frames)
 
 
-# ------------------------------------------------------------------------------------------------ weight files
+# -------------------------------------------------------------------------------- weight files
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -210,7 +210,7 @@ def unwrap(weights):
     return inner
 
 
-# ------------------------------------------------------------------------------------------------ weights
+# -------------------------------------------------------------------------------- weights
 def same(x):
     return x
 
@@ -350,7 +350,7 @@ def regime(config):
     return "block-causal" if config.causal else "encoder-decoder"
 
 
-# ------------------------------------------------------------------------------------------------ text
+# -------------------------------------------------------------------------------- text
 def save_prompts(model, prompts, path):
     """Encode prompts once and write them, so that a machine without `transformers` can stream. Returns (n, L, cond_width)."""
     with torch.no_grad():
@@ -372,7 +372,7 @@ def load_prompts(path):
     return prompts, embeddings
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# -------------------------------------------------------------------------------- command line
 def parse(argv=None):
     p = argparse.ArgumentParser(description="Convert public Stable Audio weights.", allow_abbrev=False)
     p.add_argument("path", help="folder with model_config.json and model.safetensors or model.ckpt, or one of those files")

@@ -1,4 +1,20 @@
-"""Everything that must always hold. Tiny random models, no network, no timing: python -m pytest -q"""
+"""Everything that must hold. Tiny random models, no network, no timing: python -m pytest -q
+
+A sceptic reads the first section: the claims that everything else rests on. Then comes one section a file:
+    what must always hold
+    model.py
+    common.py: checkpoints
+    speed.py
+    audio.py
+    data.py: files, prompts, latents, crops
+    sample.py
+    finetune.py
+    arc_forcing.py
+    stable_audio_port.py
+    nano.py
+    measure.py
+    the README and docs
+"""
 import argparse
 import contextlib
 import copy
@@ -43,22 +59,24 @@ import speed
 import stable_audio_port as port
 
 from common import UserError
-from model import (LMDM, PRESETS, T5, Cond, Conditioner, Config, Numbered, SnakeBeta, add_noise, alpha_sigma, denoise, forget_t5,
-                   load_t5, schedule, shift_time, velocity, visible)
+from model import (LMDM, PRESETS, T5, Cond, Conditioner, Config, Numbered, SnakeBeta, add_noise, alpha_sigma,
+                   denoise, forget_t5, load_t5, schedule, shift_time, velocity, visible)
 from stable_audio_port import load_stable_audio
 
+# -------------------------------------------------------------------------------- models and helpers for all sections
 HERE = Path(__file__).parent
 torch.set_num_threads(2)
 torch.set_flush_denormal(True)
-
-TINY = Config(ae_width=4, ae_strides=(2, 4, 4), ae_multipliers=(1, 2, 4), latent_channels=8, text="words", text_tokens=6,
-              text_width=64, cond_width=16, width=64, depth=3, heads=2, block=6, context_blocks=3)
+TINY = Config(ae_width=4, ae_strides=(2, 4, 4), ae_multipliers=(1, 2, 4), latent_channels=8, text="words",
+              text_tokens=6, text_width=64, cond_width=16, width=64, depth=3, heads=2, block=6,
+              context_blocks=3)
 
 
 def tiny(seed=0, **overrides):
     """A random model whose every weight matters (no zero-initialised layer)."""
     torch.manual_seed(seed)
-    model = LMDM(replace(TINY, **overrides), stage="finetune", sampling=dict(steps=3, cfg=1.0, prompt="slow piano")).eval()
+    model = LMDM(replace(TINY, **overrides), stage="finetune",
+                 sampling=dict(steps=3, cfg=1.0, prompt="slow piano")).eval()
     with torch.no_grad():
         for p in model.dit.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -97,7 +115,8 @@ def script(name, *args, **kw):
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    """A script's main in this process, in a folder -> (status, standard error): a process of its own needs 3 to 6 s to import torch."""
+    """A script's main in this process, in a folder -> (status, standard error): a process of its own needs 3
+    to 6 s to import torch."""
     def call_main(main, *args, cwd=tmp_path):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [main.__module__ + ".py", *map(str, args)])
@@ -112,41 +131,86 @@ def call(monkeypatch, capsys, tmp_path):
     return call_main
 
 
-# ------------------------------------------------------------------------------------------------ noise, masks
-@pytest.mark.parametrize("objective", ["rectified_flow", "v"])
-def test_noise_conversions_invert(objective):
-    x0, eps, t = torch.randn(3, 8, 5), torch.randn(3, 8, 5), torch.rand(3, 1, 1)
-    x = add_noise(x0, eps, t, objective)
-    back = denoise(x, velocity(x0, eps, t, objective), t, objective)
-    assert torch.allclose(back[0], x0, atol=1e-5) and torch.allclose(back[1], eps, atol=1e-5)
+def rows_of(path):
+    with open(path) as f:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(f)]
 
 
-@pytest.mark.parametrize("objective", ["rectified_flow", "v"])
-def test_dpmpp_follows_the_flow(objective):
-    """Of Gaussian music of spread s the exact flow scales noise by s: DPM-Solver++ comes closer than Euler."""
-    s, x = 0.6, torch.ones(1, 1, 1, dtype=torch.float64)
-
-    def predict(x, t):
-        alpha, sigma = alpha_sigma(t, objective)
-        x0 = alpha * s * s / (alpha * alpha * s * s + sigma * sigma) * x
-        return velocity(x0, (x - alpha * x0) / sigma, t, objective)
-    error = {name: abs(sample.denoise_block(predict, x, schedule(16)[:-1].double(), name, objective, None).item() - s)
-             for name in ("euler", "dpmpp")}
-    assert error["dpmpp"] < 0.7 * error["euler"], error
-    rounded = sample.denoise_block(predict, x.float(), schedule(16)[:-1], "dpmpp", objective, None)     # cos(pi / 2) < 0
-    assert abs(rounded.item() - s) == pytest.approx(error["dpmpp"], abs=1e-4)
+SMALL_AE = Config(ae_width=4, ae_multipliers=(1, 2, 2), ae_strides=(2, 4, 8), latent_channels=8, text="words",
+                  text_tokens=4, text_width=16, cond_width=16, width=32, depth=1, heads=1, block=16,
+                  context_blocks=2)
 
 
-def test_schedule_and_shift():
-    levels = schedule(8)
-    assert len(levels) == 9 and levels[0] == 1 and levels[-1] == 0 and (levels.diff() < 0).all()
-    assert levels[4] == pytest.approx(1 / (1 + math.exp(-2)), abs=1e-6)     # l = -2 half way
-    t, mu = 0.3, -(0.5 + 0.65 * (1000 - 256) / 3840)
-    assert shift_time(torch.tensor(t), 1000).item() == pytest.approx(1 - math.exp(mu) / (math.exp(mu) + t / (1 - t)), abs=1e-6)
-    assert shift_time(torch.tensor(t), 1000, 1.5).item() == pytest.approx(t / (t + math.exp(mu - 1.5) * (1 - t)), abs=1e-6)
-    assert shift_time(torch.tensor(1.0), 240) == 1 and shift_time(torch.tensor(0.0), 240) == 0
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return LMDM(SMALL_AE).eval()
 
 
+def notes(seconds, rate=44100, channels=2, seed=0):
+    rng, t = np.random.default_rng(seed), np.arange(round(seconds * rate))[:, None] / rate
+    x = sum(np.sin(2 * np.pi * (f * t + rng.random(channels))) for f in rng.uniform(100, 3000, 5))
+    return (0.1 * x * (1 - t * 4 % 1) + 0.001 * rng.standard_normal(x.shape)).astype(np.float32)
+
+
+def save_wav(path, seconds=1.0, rate=44100, channels=2, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, notes(seconds, rate, channels, seed), rate)
+    return path
+
+
+GOLDEN = HERE / "golden"
+
+
+def golden_io(case):
+    return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / case / "io.npz").items()}
+
+
+def close(ours, truth, tolerance=1e-5):
+    assert ours.shape == truth.shape and (ours - truth).abs().max() < tolerance
+
+
+def small(**overrides):
+    return load_stable_audio(GOLDEN / "sao_small_tiny",
+                             **{"block": 12, "context_blocks": 4, "causal": True, **overrides})
+
+
+def public_small():
+    """The golden Small as a dictionary of public tensors, to be spoiled and written again."""
+    return {k: read() for k,
+            read in port.read_safetensors(GOLDEN / "sao_small_tiny" / "model.safetensors").items()}
+
+
+@torch.no_grad()
+def check_networks(model, z, numbers):
+    """Autoencoder both ways, conditioning, v, and guidance at scale 4."""
+    mean, std = model.autoencoder.posterior(z["audio"])
+    close(mean, z["latent_mean"])
+    close(std, z["latent_std"])
+    close(model.autoencoder.decode(z["latents"]), z["decoded"])
+    cond = model.conditioner(z["prompt_embedding"], **numbers)
+    close(cond.tokens, z["cond_tokens"])
+    close(cond.global_, z["cond_global"])
+    both = Cond(*(torch.cat(pair) for pair in zip(cond, cond.null())))
+    v = model.dit(z["x"].repeat(2, 1, 1), z["t"].repeat(2), both)
+    close(v[:2], z["v"])
+    close(sample.guided(v, 4), z["v_cfg4"])
+    return cond
+
+
+LEVELS = schedule(3)[:-1]
+
+
+def noises(seed, shape=(2, 8, 6)):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=generator)
+
+
+TRAIN = ["--steps", 4, "--batch", 4, "--blocks", 2, "--every", 1, "--validation-crops", 4, "--sample-every",
+         0, "--precision", "float32", "--lr", "1e-3", "--threads", 1]
+
+
+# -------------------------------------------------------------------------------- what must always hold
 def test_mask_by_hand():
     """Two clean blocks (0, 1), noisy block 2, context of one block; one token each."""
     block, noisy = torch.tensor([0, 1, 2]), torch.tensor([False, False, True])
@@ -155,7 +219,20 @@ def test_mask_by_hand():
     assert rows(False) == [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
 
 
-# ------------------------------------------------------------------------------------------------ the cache
+@pytest.mark.parametrize("causal", [True, False])
+def test_context_does_not_depend_on_block_or_level(causal):
+    model = tiny(causal=causal)
+    prompt, context = model.dit.encode_prompt(condition(model)), torch.randn(2, 8, 18)
+    def keys(x, t):
+        return model.dit.blocks(prompt, Numbered(x, (3,)), t, Numbered(context, (0, 1, 2)))[1]
+    a, b = keys(torch.randn(2, 8, 6), torch.full((2, 1), 0.1)), keys(torch.randn(2, 8, 6),
+                                                                     torch.full((2, 1), 0.9))
+    assert all(torch.equal(x, y) for kv, kv2 in zip(a, b) for x, y in zip(kv, kv2))
+    block, history = Numbered(torch.zeros(2, 8, 6), (3,)), Numbered(context, (0, 1, 2))
+    v = [model.dit.blocks(prompt, block, torch.full((2, 1), t), history)[0] for t in (0.1, 0.9)]
+    assert (v[0] - v[1]).abs().max() > 1e-3                 # while the block itself does
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 @pytest.mark.parametrize("primed", [False, True])
@@ -172,8 +249,8 @@ def test_cached_equals_uncached(causal, cfg, primed):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_stream_equals_the_plain_forward(causal):
-    """A block by way of the cache == model.dit(x, t, cond, context) at every step, with the whole history given:
-    a stream's history starts with context_blocks blocks of zeros."""
+    """A block by way of the cache == model.dit(x, t, cond, context) at every step, with the whole history
+    given: a stream's history starts with context_blocks blocks of zeros."""
     model = tiny(causal=causal)
     cond, made = condition(model), []
     for block in sample.stream(model, cond, blocks=6, steps=2, sampler="euler", seed=3):
@@ -190,6 +267,14 @@ def test_stream_equals_the_plain_forward(causal):
         history = torch.cat([history, x], dim=-1)
 
 
+def test_stream_is_reproducible_and_a_prefix():
+    model = tiny()
+    cond = condition(model)
+    short, long = (latents_of(model, cond, n, seed=7, sampler="pingpong") for n in (3, 9))
+    assert torch.equal(short, long[..., :short.shape[-1]])
+    assert not torch.allclose(short, latents_of(model, cond, 3, seed=8, sampler="pingpong"))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_million_frames_on(causal):
     model = tiny(causal=causal)
@@ -199,70 +284,433 @@ def test_a_million_frames_on(causal):
         context, blocks = sample.Context(model, memory, prime, first=first), []
         for x in noise:
             draw = lambda: torch.ones(2, 8, 6)
-            blocks.append(sample.denoise_block(context.predict, x, schedule(2)[:-1], "pingpong", "rectified_flow", draw))
+            blocks.append(sample.denoise_block(context.predict, x, schedule(2)[:-1], "pingpong",
+                                               "rectified_flow", draw))
             context.append(blocks[-1])
         out.append(torch.cat(blocks, dim=-1))
     assert (out[0] - out[1]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("sizes", [[6] * 10, [1] * 60, [48, 12], [60]])
+def test_streamed_decode_equals_whole(sizes, packed, monkeypatch):
+    """Whatever the pieces, with weights packed for the CPU or not, and where a piece is too large and goes on
+    in smaller ones."""
+    model = tiny()
+    latents = torch.randn(2, 8, 60)
+    whole = model.autoencoder.decode(latents)
+    decoder = audio_io.StreamingDecoder(model.autoencoder)
+    plain = [decoder(piece) for piece in latents.split(sizes, dim=-1)]
+    plain = torch.cat([*plain, decoder(latents[..., :0], last=True)], dim=-1)
+    assert plain.shape == whole.shape and (plain - whole).abs().max() < 1e-5
+    monkeypatch.setattr(speed, "packs", lambda weight: packed and torch.backends.mkldnn.is_available())
+    speed.to_precision(model, "float32")    # changes the order of some weights in memory, no number
+    streamed = torch.cat(list(audio_io.decode_stream(model.autoencoder, latents.split(sizes, dim=-1))),
+                         dim=-1)
+    assert streamed.shape == whole.shape and (streamed - whole).abs().max() < 1e-5
+    sevens = lambda layer: layer.kernel_size == (7,) and layer.bias is not None
+    # the tiny model's matrices are small
+    monkeypatch.setattr(speed.Winograd, "suits", sevens if packed else speed.Winograd.suits)
+    decoder = speed.StreamingDecoder(model.autoencoder)
+    assert packed == any(conv.winograd is not None for conv in decoder.unpadded.values())
+    decoder.most = 300    # 10 frames of the narrowest layer, one or two of the widest
+    streamed = torch.cat([decoder(z, last=i == len(sizes)) for i,
+                          z in enumerate([*latents.split(sizes, dim=-1), latents[..., :0]])], dim=-1)
+    assert streamed.shape == whole.shape and (streamed - whole).abs().max() < 1e-5
+
+
+def test_parallel_loss_equals_one_window_at_a_time():
+    """The blocks of a crop learned at once == each alone, noisy at the end of its whole clean history."""
+    model = tiny(causal=True)
+    m = 4
+    latents, noise, t = torch.randn(2, 8, 7 * 6), torch.randn(2, 8, m * 6), torch.rand(2, m)
+    memory = model.dit.encode_prompt(condition(model))
+    together = finetune.block_losses(model, memory, latents, noise, t)
+    for i in range(m):
+        alone = finetune.block_losses(model, memory, latents[..., :(4 + i) * 6],
+                                      noise[..., i * 6:(i + 1) * 6], t[:, i:i + 1])
+        assert (together[:, i:i + 1] - alone).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("causal", [True, False])
-def test_context_does_not_depend_on_block_or_level(causal):
+def test_loss_is_the_stream_s_own_prediction(causal):
+    """What is trained is what plays: the loss's v for the last block is `Context.predict`'s."""
     model = tiny(causal=causal)
-    prompt, context = model.dit.encode_prompt(condition(model)), torch.randn(2, 8, 18)
-    def keys(x, t):
-        return model.dit.blocks(prompt, Numbered(x, (3,)), t, Numbered(context, (0, 1, 2)))[1]
-    a, b = keys(torch.randn(2, 8, 6), torch.full((2, 1), 0.1)), keys(torch.randn(2, 8, 6), torch.full((2, 1), 0.9))
-    assert all(torch.equal(x, y) for kv, kv2 in zip(a, b) for x, y in zip(kv, kv2))
-    block, history = Numbered(torch.zeros(2, 8, 6), (3,)), Numbered(context, (0, 1, 2))
-    v = [model.dit.blocks(prompt, block, torch.full((2, 1), t), history)[0] for t in (0.1, 0.9)]
-    assert (v[0] - v[1]).abs().max() > 1e-3                 # while the block itself does
+    memory, latents, noise, t = model.dit.encode_prompt(condition(model)), torch.randn(2, 8, 24), torch.randn(2, 8, 6), torch.tensor(0.4)
+    loss = finetune.block_losses(model, memory, latents, noise, t.expand(2, 1))
+    x0 = latents[..., -6:]
+    v = sample.Context(model, memory, latents[..., :-6]).predict(add_noise(x0, noise, t, "rectified_flow"), t)
+    assert ((v - (noise - x0)).square().mean((1, 2)) - loss[:, 0]).abs().max() < 1e-5
 
 
-def test_stream_is_reproducible_and_a_prefix():
-    model = tiny()
+@pytest.mark.parametrize("objective", ["rectified_flow", "v"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_rollout_is_the_stream(causal, objective):
+    """All of the steps in every block: what training rolls out is what `sample.py` plays, from a recording or
+    from nothing."""
+    model = tiny(causal=causal, objective=objective)
     cond = condition(model)
-    short, long = (latents_of(model, cond, n, seed=7, sampler="pingpong") for n in (3, 9))
-    assert torch.equal(short, long[..., :short.shape[-1]])
-    assert not torch.allclose(short, latents_of(model, cond, 3, seed=8, sampler="pingpong"))
+    for prime in (torch.randn(2, 8, 18), torch.zeros(2, 8, 18)):
+        latents, last = arc_forcing.rollout(model, model.dit.encode_prompt(cond), prime, LEVELS, [3] * 5,
+                                            noises(4))
+        played = latents_of(model, cond, 5, steps=3, sampler="pingpong", seed=4,
+                            prime=prime if prime.any() else None)
+        assert torch.equal(latents, played) and [t for _, t in last] == [LEVELS[-1]] * 5
 
 
-def test_each_item_may_have_its_own_seed():
+@pytest.mark.parametrize("objective", ["rectified_flow", "v"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_replay_gives_the_gradients_of_the_plain_rollout(causal, objective):
+    """All blocks' graphs kept, by hand == one block at a time; contexts detached; nothing but last
+    evaluations counts."""
+    model, ks = tiny(causal=causal, objective=objective), [1, 3, 2, 1, 3]
+    prime, target = torch.randn(2, 8, 18), torch.randn(2, 8, 30)
+    trained = [*model.dit.parameters(), *model.conditioner.parameters()]
+    def gradients(backward):
+        for p in trained:
+            p.grad = None
+            p.requires_grad_()
+        backward(model.dit.encode_prompt(condition(model)))
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained]
+
+    def plain(memory, detach=True):
+        """Nothing of ours but the network: no cache, no Context, the history given as latents."""
+        draw, history, made = noises(4), torch.cat([torch.zeros(2, 8, 0), prime], -1), []
+        for k in ks:
+            x = draw()
+            for i, t in enumerate(LEVELS[:k]):
+                n = history.shape[-1] // 6
+                with torch.no_grad():    # the context's keys and values, by a pass of their own
+                    kv, index = None, ()
+                    if causal:
+                        for j in range(n):
+                            clean = Numbered(history[..., j * 6:j * 6 + 6], (j,))
+                            new = model.dit.blocks(memory, clean=clean, cached=Numbered(kv, index))[1]
+                            kv = new if kv is None else [tuple(torch.cat(p, 2)[:, :, -18:] for p in zip(a, b))
+                                                         for a, b in zip(kv, new)]
+                            index = (*index, j)[-3:]
+                    else:
+                        index = tuple(range(n - 3, n))
+                        kv = model.dit.blocks(memory, clean=Numbered(history[..., -18:], index))[1]
+                with torch.set_grad_enabled(i == k - 1):
+                    v = model.dit.blocks(memory, Numbered(x, (n,)), t.expand(2, 1),
+                                         cached=Numbered(kv, index))[0]
+                    x0, _ = denoise(x, v, t, objective)
+                if i < k - 1:
+                    x = add_noise(x0, draw(), LEVELS[i + 1], objective)
+            made.append(x0)
+            history = torch.cat([history, x0.detach()], -1)
+        ((torch.cat(made, -1) - target).square() * target.cos()).sum().backward()
+
+    def ours(memory):
+        latents, last = arc_forcing.rollout(model, memory, prime, LEVELS, ks, noises(4))
+        assert not latents.requires_grad
+        latents.requires_grad_()
+        gradient, = torch.autograd.grad(((latents - target).square() * target.cos()).sum(), latents)
+        arc_forcing.replay(model, memory, prime, latents.detach(), last, gradient, contextlib.nullcontext)
+    a, b = gradients(plain), gradients(ours)
+    scale = max(g.abs().max() for g in a)
+    assert scale > 1 and max((x - y).abs().max() for x, y in zip(a, b)) < 1e-5 * scale
+    assert model.dit.context_in.weight.grad is None  # no way into the context, so the script leaves it alone
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradient_flows_only_through_last_evaluations(causal):
+    """The differentiated calls of the network: one a block, at its last level, on inputs that carry no
+    graph."""
+    model, ks, seen = tiny(causal=causal), [2, 1, 3], []
+    plain = model.dit.blocks
+    def spy(prompt, noisy, t, clean, cached, start):
+        if torch.is_grad_enabled():
+            graph = noisy.data.requires_grad or any(y.requires_grad for kv in cached.data for y in kv)
+            seen.append((noisy.index[0] + start // 6, t[0, 0].item(), clean.data, graph))
+        return plain(prompt, noisy, t, clean, cached, start)
+    model.dit.blocks = spy
+    memory = model.dit.encode_prompt(condition(model.requires_grad_()))
+    latents, last = arc_forcing.rollout(model, memory, torch.randn(2, 8, 18), LEVELS, ks, noises(0))
+    assert seen == []
+    arc_forcing.replay(model, memory, torch.randn(2, 8, 18), latents, last, torch.ones_like(latents),
+                       contextlib.nullcontext)
+    assert seen == [(3 + i, LEVELS[k - 1].item(), None, False) for i, k in enumerate(ks)]
+
+
+def test_losses_by_hand():
+    real, fake, wrong = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 5.0]]), torch.tensor([[2.0, -1.0]])
+    weights, softplus = torch.tensor([[0.25, 0.75]]), lambda x: math.log(1 + math.exp(x))
+    assert arc_forcing.generator_loss(real, fake,
+                                      weights).item() == pytest.approx(0.25 * softplus(1)
+                                                                       + 0.75 * softplus(-2))
+    assert arc_forcing.discriminator_loss(real, fake,
+                                          weights).item() == pytest.approx(0.25 * softplus(-1)
+                                                                           + 0.75 * softplus(2))
+    for differs in (0.0, 1.0):
+        loss = arc_forcing.contrastive_loss(real, wrong, weights, torch.tensor([differs]))
+        assert loss.item() == pytest.approx(differs * (0.25 * softplus(1) + 0.75 * softplus(-4)))
+
+
+def test_save_and_load(tmp_path):
+    model = tiny(causal=False)
+    (tmp_path / "a.pt.7.part").write_bytes(b"of a run killed while it saved")
+    common.save(model, tmp_path / "a.pt", step=5)
+    again = sample.load(tmp_path / "a.pt")
+    assert again.config == model.config and again.stage == "finetune" and again.sampling == model.sampling
+    cond = condition(model)
+    assert torch.equal(latents_of(model, cond, 3), latents_of(again, condition(again), 3))
+    assert not list(tmp_path.glob("*.part"))
+
+
+@torch.no_grad()
+def test_port_matches_the_public_small(capsys):
+    z, model = golden_io("sao_small_tiny"), small()
+    assert "matched 430 of 430" in capsys.readouterr().err
+    cond = check_networks(model, z, {"seconds_total": z["numbers"]})
+    close(model.conditioner.numbers["seconds_total"](z["number.seconds_total.values"]),
+          z["number.seconds_total.embedding"])
+    close(model.dit.hidden(z["x"], z["t"], cond, 0), z["hidden0"])
+    for causal, context, v in ((False, "lmdm.context", "lmdm.v_encdec"),
+                               (True, "lmdm.context", "lmdm.v_block_causal"),
+                               (True, "lmdm.long_context", "lmdm.v_block_causal_long")):
+        model = small(causal=causal)
+        model.dit.context_in.weight.copy_(z["lmdm.to_input_add_embed.weight"])
+        close(model.dit(z["lmdm.x"], z["lmdm.t"], cond, context=z[context]), z[v])
+
+
+def test_port_matches_diffusers_1_0():
+    z, model = golden_io("diffusers_1_0_tiny"), load_stable_audio(GOLDEN / "diffusers_1_0_tiny")
+    assert model.config.objective == "v" and not model.config.qk_norm and model.config.token_width < model.config.width
+    check_networks(model, z, {name: z[name] for name in ("seconds_start", "seconds_total")})
+
+
+def test_without_speed_the_rest_is_complete(tiny_file, music, tmp_path):
+    """The same music within one step of 16 bits, the same loss; an option that only speed.py serves names
+    it."""
+    here = tmp_path / "plain"
+    here.mkdir()
+    for file in HERE.glob("*.py"):
+        if file.name not in ("speed.py", "test_all.py"):
+            shutil.copy(file, here)
+
+    def run(folder, name, *args):
+        return subprocess.run([sys.executable, folder / name, *map(str, args)], cwd=tmp_path,
+                              capture_output=True, text=True)
+    played, losses = [], []
+    for folder in HERE, here:
+        out = tmp_path / folder.name
+        done = run(folder, "sample.py", "--ckpt", tiny_file, "--seconds", 0.02, "--precision", "float32",
+                   "--device", "cpu", "--out", f"{out}.wav")
+        assert done.returncode == 0, done.stderr
+        played.append(soundfile.read(f"{out}.wav", dtype="int16")[0].astype(int))
+        done = run(folder, "finetune.py", "--init", tiny_file, "--data", music, "--out", f"{out}.pt",
+                   "--steps", 1, "--batch", 2, "--blocks", 2, "--validation-crops", 2, "--precision",
+                   "float32", "--device", "cpu")
+        assert done.returncode == 0, done.stderr
+        losses.append(float(rows_of(f"{out}.csv")[-1]["loss"]))
+    assert played[0].any() and np.abs(played[0] - played[1]).max() <= 1
+    assert abs(losses[0] - losses[1]) < 1e-4 * losses[0]
+    done = run(here, "sample.py", "--ckpt", tiny_file, "--precision", "int8", "--out", "a.wav")
+    assert done.returncode == 2 and "needs speed.py" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_road_to_attention_is_short(tiny_file, tmp_path, call, monkeypatch):
+    """Our own frames from a script's main to the attention call, guidance included."""
+    roads, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, **kw):
+        stack = traceback.extract_stack()
+        frames = [f.name for f in stack if Path(f.filename).parent == HERE and f.filename != __file__]
+        roads.append(frames[frames.index("main"):])
+        return real(*args, **kw)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.01, "--threads", 1, "--cfg", 2,
+                       "--device", "cpu", "--out", "a.wav")
+    assert status == 0, err
+    longest = max(roads, key=len)
+    assert len(longest) <= 8, " > ".join(longest)
+
+
+# -------------------------------------------------------------------------------- model.py
+@pytest.mark.parametrize("objective", ["rectified_flow", "v"])
+def test_noise_conversions_invert(objective):
+    x0, eps, t = torch.randn(3, 8, 5), torch.randn(3, 8, 5), torch.rand(3, 1, 1)
+    x = add_noise(x0, eps, t, objective)
+    back = denoise(x, velocity(x0, eps, t, objective), t, objective)
+    assert torch.allclose(back[0], x0, atol=1e-5) and torch.allclose(back[1], eps, atol=1e-5)
+
+
+def test_schedule_and_shift():
+    levels = schedule(8)
+    assert len(levels) == 9 and levels[0] == 1 and levels[-1] == 0 and (levels.diff() < 0).all()
+    assert levels[4] == pytest.approx(1 / (1 + math.exp(-2)), abs=1e-6)     # l = -2 half way
+    t, mu = 0.3, -(0.5 + 0.65 * (1000 - 256) / 3840)
+    assert shift_time(torch.tensor(t),
+                      1000).item() == pytest.approx(1 - math.exp(mu) / (math.exp(mu) + t / (1 - t)), abs=1e-6)
+    assert shift_time(torch.tensor(t), 1000,
+                      1.5).item() == pytest.approx(t / (t + math.exp(mu - 1.5) * (1 - t)), abs=1e-6)
+    assert shift_time(torch.tensor(1.0), 240) == 1 and shift_time(torch.tensor(0.0), 240) == 0
+
+
+def test_wrong_lengths_are_refused():
     model = tiny()
-    together = latents_of(model, condition(model), 4, seed=[7, 8], sampler="pingpong")
-    for prompt, seed, made in zip(("slow piano", "fast"), (7, 8), together.split(1)):
-        assert (made - latents_of(model, condition(model, prompt), 4, seed=seed, sampler="pingpong")).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="block is 6 frames"):
+        model.dit(torch.zeros(2, 8, 5), torch.ones(2), condition(model), context=torch.zeros(2, 8, 6))
+    with pytest.raises(ValueError, match="seconds_total"):
+        model.conditioner(["x"])
 
 
+def test_text_follows_the_model(monkeypatch):
+    """T5's states come from the CPU and must go where the conditioner is, projected or not."""
+    monkeypatch.setattr(T5, "__call__", lambda self,
+                        prompts: (torch.ones(len(prompts), 3, 8), torch.ones(len(prompts), 3) > 0))
+    for width in 8, 16:
+        with torch.device("meta"):
+            conditioner = Conditioner(replace(TINY, text="t5", text_tokens=3, text_width=8, cond_width=width))
+        assert conditioner(["a", "b"], seconds_total=1).tokens.device.type == "meta"
+
+
+def test_words_are_stable():
+    """The ids are part of every checkpoint: they must never change. Unknown words and long prompts are no
+    error."""
+    words = tiny().conditioner.words
+    with torch.no_grad():
+        words.table.weight[1:] = torch.arange(1, 65)[:, None]
+    states, mask = words(["Slow PIANO, 120 bpm"])
+    ids = states[0, :, 0].int().tolist()
+    assert ids == [30, 45, 41, 16, 0, 0] and mask.tolist() == [[True] * 4 + [False] * 2], ids
+    assert words(["one two three four five six seven eight"])[0].shape == (1, 6, 16)
+
+
+@pytest.mark.parametrize("side", ["decoder", "encoder"])
+def test_margins_cover_the_receptive_field(side):
+    """A change outside the margin changes nothing; one inside, a little short of it, does (so it is not far
+    too wide)."""
+    ae, hop = tiny().autoencoder, TINY.hop
+    margin, T = (audio_io.decoder_margin(TINY), audio_io.encoder_margin(TINY))[side == "encoder"], 80
+    x = torch.randn(1, 8, T) if side == "decoder" else torch.randn(1, 2, T * hop)
+    run, unit = (ae.decode, 1) if side == "decoder" else (ae.encode, hop)
+    def changed(distance):
+        y = x.clone()
+        y[..., :(40 - distance) * unit] += 1
+        y[..., (41 + distance) * unit:] -= 1
+        a, b = run(x), run(y)
+        at = slice(40 * hop, 41 * hop) if side == "decoder" else slice(40, 41)
+        return (a - b)[..., at].abs().max()
+    assert changed(margin) == 0 and changed(margin - 3) > 0
+
+
+def test_presets_round_trip_and_geometry():
+    for config in PRESETS.values():
+        assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    small = PRESETS["sao_small"]
+    assert (small.hop, small.window, small.context, small.stream_numbers) == (2048, 240, 192, {"seconds_total": 12})
+
+
+def test_t5_equals_running_it_by_hand(tmp_path):
+    """A T5 with random weights and a tokenizer, saved by `transformers` itself."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    words = ["<pad>", "</s>", "<unk>", "warm", "rhodes", "piano", "drums"]
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)},
+                                                            unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    core.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>",
+                                                     eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=7, d_model=768, d_kv=8, d_ff=32,
+                                                           num_layers=2, num_heads=2)).eval()
+    t5.save_pretrained(tmp_path)
+    prompts = ["warm rhodes piano", "drums", "", "drums " * 100]
+    model = small(text_model=str(tmp_path))
+    states, mask = T5(str(tmp_path), None, 64)(prompts)
+    assert states.shape == (4, 64, 768) and mask.sum(1).tolist() == [4, 2, 1, 64]
+    with torch.no_grad():
+        for row, prompt in enumerate(prompts[:3]):          # by hand, without any padding
+            ids = torch.tensor([[words.index(w) for w in prompt.split()] + [1]])
+            close(states[row:row + 1, :ids.shape[1]], t5(input_ids=ids).last_hidden_state)
+        embeddings = model.conditioner.embed_text(prompts)
+        close(embeddings, model.conditioner.proj_out(states) * mask[..., None])
+        assert embeddings.shape == (4, 64, 48) and not embeddings[0, 4:].any() and embeddings[0, :4].all(-1).all()
+        assert torch.equal(model.conditioner(prompts, seconds_total=12).tokens[:, :64], embeddings)
+    port.save_prompts(model, prompts, tmp_path / "out" / "prompts.pt")
+    assert port.load_prompts(tmp_path / "out" / "prompts.pt")[0] == prompts
+    assert torch.equal(port.load_prompts(tmp_path / "out" / "prompts.pt")[1], embeddings)
+    with pytest.raises(UserError, match="768 wide; this checkpoint expects 512"):
+        T5(str(tmp_path), 512, 64)(prompts)
+    encoder = weakref.ref(load_t5(str(tmp_path))[1])
+    shutil.rmtree(tmp_path)
+    T5(str(tmp_path), None, 64)(prompts)                    # a later prompt reads nothing again
+    forget_t5()
+    assert encoder() is None
+    with pytest.raises(UserError, match="cannot load the text encoder"):
+        T5(str(tmp_path), None, 64)(prompts)
+
+
+# -------------------------------------------------------------------------------- common.py: checkpoints
+def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path):
+    """As on a full disk: files may not grow beyond 10 kB here."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    common.save(tiny(), tmp_path / "a.pt")
+    broken = tiny()
+    broken.dit.project_in.weight.data[0, 0] = math.nan
+    with pytest.raises(UserError, match="no longer finite"):
+        common.save(broken, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="no longer finite"):
+        common.save(tiny(), tmp_path / "a.pt",
+                    discriminator=dict(weights=dict(head=torch.tensor([math.nan]))))
+    assert sample.load(tmp_path / "a.pt").dit.project_in.weight.isfinite().all()
+    before = (tmp_path / "a.pt").read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*a.pt"):
+            common.save(tiny(seed=1), tmp_path / "a.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.pt"] and (tmp_path / "a.pt").read_bytes() == before
+
+
+def test_loading_fills_no_weights_first(tiny_file):
+    """... which on the meta device would import a compiler, a second and more before the first audio."""
+    line = f"import sys, sample; sample.load({str(tiny_file)!r}); print('sympy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", line], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+# -------------------------------------------------------------------------------- speed.py
 @pytest.mark.parametrize("causal", [True, False])
 def test_bf16_is_float32_within_its_error(causal):
-    """bf16 keeps 8 bits: a prediction is off by a few times 2^-8; angles, frequencies and the sampler's state keep all."""
+    """bf16 keeps 8 bits: a prediction is off by a few times 2^-8; angles, frequencies and the sampler's state
+    keep all."""
     model, low, narrow = tiny(causal=causal, ae_width=64), tiny(causal=causal, ae_width=64), tiny(ae_width=16)
     assert speed.to_precision(narrow, "bf16") == "bf16" and narrow.autoencoder.decoder[0].weight.dtype == torch.float32
-    assert speed.to_precision(model, "float32") == "float32" and model.dit.project_in.weight.dtype == torch.float32
+    assert speed.to_precision(model,
+                              "float32") == "float32" and model.dit.project_in.weight.dtype == torch.float32
     assert speed.to_precision(low, "bf16") == "bf16" and low.dit.project_in.weight.dtype == torch.bfloat16
     assert [low.autoencoder.decoder[i].weight.dtype for i in (0, -1)] == [torch.bfloat16, torch.float32]
-    assert {low.dit.inv_freq.dtype, low.dit.time_frequencies.dtype, low.conditioner.words.table.weight.dtype} == {torch.float32}
+    assert {low.dit.inv_freq.dtype, low.dit.time_frequencies.dtype,
+            low.conditioner.words.table.weight.dtype} == {torch.float32}
     kw = dict(steps=2, sampler="euler", cfg=3.0)
     a, b, uncached = latents_of(model, condition(model), 6, **kw), latents_of(low, condition(low), 6, **kw), \
         latents_of(low, condition(low), 6, use_cache=False, **kw)
     assert a.dtype == b.dtype == torch.float32
     assert 0 < (a - b).norm() / a.norm() < 0.03 and (b - uncached).norm() / a.norm() < 0.03
-    audio, rough = (torch.cat(list(audio_io.decode_stream(m.autoencoder, a.split(6, dim=-1))), dim=-1) for m in (model, low))
+    audio, rough = (torch.cat(list(audio_io.decode_stream(m.autoencoder, a.split(6, dim=-1))), dim=-1)
+                    for m in (model, low))
     assert rough.dtype == torch.float32 and 0 < (audio - rough).norm() / audio.norm() < 0.03
-    assert (rough - rough.bfloat16()).norm() / rough.norm() > 1e-3      # what is heard is not rounded to 8 bits
+    assert (rough - rough.bfloat16()).norm() / rough.norm() > 1e-3    # what is heard is not rounded to 8 bits
     assert (low.autoencoder.decode(a) - rough).norm() / audio.norm() < 0.03 and low.autoencoder.decode(a).dtype == torch.float32
 
 
 def test_int8_layer_by_hand():
-    """Weights round to 127 steps a row, inputs to 127 or 255 steps of their range: an output is off by about a percent, and
-    inputs that are whole steps come out exact."""
+    """Weights round to 127 steps a row, inputs to 127 or 255 steps of their range: an output is off by about
+    a percent, and inputs that are whole steps come out exact."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 48)
     layer = speed.Int8Linear(linear)
     x = torch.randn(2, 5, 64)
     want, got = linear(x), layer(x)
     assert got.shape == want.shape and 0 < (got - want).norm() / want.norm() < 0.03
-    with torch.no_grad():                                   # a row a hundred times smaller has a scale of its own
+    with torch.no_grad():    # a row a hundred times smaller has a scale of its own
         linear.weight[0] /= 100
     want, got = linear(x)[..., 0] - linear.bias[0], speed.Int8Linear(linear)(x)[..., 0] - linear.bias[0]
     assert (got - want).norm() / want.norm() < 0.05         # with one scale for all rows: 0.2 to 0.7
@@ -273,14 +721,15 @@ def test_int8_layer_by_hand():
     x = torch.randint(-top, top, (1, 3, 64)).float()
     x[0, 0, :2] = torch.tensor([-top, top - 1.0])           # all of the range, so that a step is 1
     assert (exact(x) - linear(x)).abs().max() < 1e-2
-    loud = torch.cat([x, 1000 * torch.randn_like(x)])       # one item of a batch does not change how another is rounded
+    # one item of a batch does not change how another is rounded
+    loud = torch.cat([x, 1000 * torch.randn_like(x)])
     assert torch.equal(exact(loud)[:1], exact(x))
 
 
 @pytest.mark.parametrize("causal,bf16", [(True, False), (False, False), (True, True)])
 def test_int8_is_float32_within_its_error(causal, bf16, monkeypatch):
-    """The layers meant to run in integers do, in every block, the others and a wide decoder in bf16 on CPUs that have it; the
-    same seed still gives the same stream and its start."""
+    """The layers meant to run in integers do, in every block, the others and a wide decoder in bf16 on CPUs
+    that have it; the same seed still gives the same stream and its start."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     model, low = tiny(causal=causal, ae_width=64), tiny(causal=causal, ae_width=64)
     assert speed.to_precision(low, "int8") == "int8"
@@ -289,21 +738,26 @@ def test_int8_is_float32_within_its_error(causal, bf16, monkeypatch):
     for layer in low.dit.layers:
         layer.ff.down.register_forward_hook(lambda _, x, y: types.add((x[0].dtype, y.dtype)))
     small = {name.split(".", 2)[2] for name, m in low.dit.named_modules() if isinstance(m, speed.Int8Linear)}
-    assert small == {"self_attention.qkv", "self_attention.out", "cross_attention.q", "cross_attention.out", "ff.up"}
+    assert small == {"self_attention.qkv", "self_attention.out", "cross_attention.q", "cross_attention.out",
+                     "ff.up"}
     kw = dict(steps=2, sampler="euler", cfg=3.0)
     a, b = (latents_of(m, condition(m), 6, **kw) for m in (model, low))
     assert 0 < (a - b).norm() / a.norm() < 0.05
     assert torch.equal(b[..., :a.shape[-1] // 2], latents_of(low, condition(low), 3, **kw))
     assert types == {(half, half)} and low.dit.project_in.weight.dtype == torch.float32
-    audio, rough = (torch.cat(list(audio_io.decode_stream(m.autoencoder, a.split(6, dim=-1))), dim=-1) for m in (model, low))
+    audio, rough = (torch.cat(list(audio_io.decode_stream(m.autoencoder, a.split(6, dim=-1))), dim=-1)
+                    for m in (model, low))
     assert low.autoencoder.decoder[0].weight.dtype == half and (audio - rough).norm() / audio.norm() < 0.03
 
 
 def test_precision_is_chosen_by_asking_the_hardware(monkeypatch):
     """int8 in addition takes a checkpoint for which somebody found that it changes nothing."""
-    for amx, avx512_bf16, avx2, recommended, chosen in (
-            (True, True, True, True, "bf16"), (False, True, True, True, "int8"), (False, True, True, False, "bf16"),
-            (False, False, True, True, "int8"), (False, False, True, False, "float32"), (False, False, False, True, "float32")):
+    for amx, avx512_bf16, avx2, recommended, chosen in ((True, True, True, True, "bf16"),
+                                                        (False, True, True, True, "int8"),
+                                                        (False, True, True, False, "bf16"),
+                                                        (False, False, True, True, "int8"),
+                                                        (False, False, True, False, "float32"),
+                                                        (False, False, False, True, "float32")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
         monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
@@ -315,20 +769,10 @@ def test_precision_is_chosen_by_asking_the_hardware(monkeypatch):
         assert in_training == ("bf16" if avx512_bf16 else "float32")   # int8 is for playing alone
 
 
-def test_cache_does_not_grow():
-    model = tiny()
-    context = sample.Context(model, model.dit.encode_prompt(condition(model)), torch.zeros(2, 8, 0))
-    sizes = []
-    for _ in range(8):
-        context.predict(torch.randn(2, 8, 6), torch.tensor(0.5))
-        context.append(torch.randn(2, 8, 6))
-        sizes.append((context.kv[0][0].shape[2], context.finished.shape[-1] // 6))
-    assert sizes[3:] == [(18, 1)] * 5
-
-
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_block_and_a_piece_are_functions_of_tensors(causal, monkeypatch):
-    """What a CUDA graph is recorded of: all that changes is handed in and handed back, and nothing is written where it lies."""
+    """What a CUDA graph is recorded of: all that changes is handed in and handed back, and nothing is written
+    where it lies."""
     model, noise, functions = tiny(causal=causal), torch.randn(3, 2, 8, 6), []
     monkeypatch.setattr(speed, "Graphed", lambda function: functions.append(function) or function)
     context = sample.Context(model, model.dit.encode_prompt(condition(model)), torch.zeros(2, 8, 0))
@@ -358,16 +802,21 @@ def test_a_block_and_a_piece_are_functions_of_tensors(causal, monkeypatch):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_graphs_play_what_the_network_plays(causal, cfg, monkeypatch):
-    """... on the GPU without a graph, and on the CPU; a new prompt is read, and the end, of another shape, is decoded too."""
+    """... on the GPU without a graph, and on the CPU; a new prompt is read, and the end, of another shape, is
+    decoded too."""
     model, recorded = tiny(causal=causal), []
     def play(device):
         model.to(device)
         conds = condition(model), condition(model, "fast drums", "slow")
         prompts = iter([None] * 6 + [conds[1]] + [None] * 5)
-        blocks = list(sample.stream(model, conds[0], blocks=12, steps=3, sampler="pingpong", cfg=cfg, change=lambda: next(prompts)))
-        return torch.cat([*blocks], -1).cpu(), torch.cat(list(audio_io.decode_stream(model.autoencoder, blocks)), -1).cpu()
+        blocks = list(sample.stream(model, conds[0], blocks=12, steps=3, sampler="pingpong", cfg=cfg,
+                                    change=lambda: next(prompts)))
+        return torch.cat([*blocks],
+                         -1).cpu(), torch.cat(list(audio_io.decode_stream(model.autoencoder, blocks)),
+                                              -1).cpu()
     on_cpu, record = play("cpu"), speed.Graphed.record
-    monkeypatch.setattr(speed.Graphed, "record", lambda self, *args: recorded.append(1) or record(self, *args))
+    monkeypatch.setattr(speed.Graphed, "record", lambda self,
+                        *args: recorded.append(1) or record(self, *args))
     graphed = play("cuda")
     assert len(recorded) == 2                               # blocks, pieces
     monkeypatch.setattr(speed.Graphed, "__call__", lambda self, state, *inputs: self.function(state, *inputs))
@@ -375,163 +824,13 @@ def test_graphs_play_what_the_network_plays(causal, cfg, monkeypatch):
         assert (made - plain).abs().max() < 1e-5 * plain.abs().max() and (made - slow).norm() < 1e-2 * slow.norm()
 
 
-def test_wrong_lengths_are_refused():
-    model = tiny()
-    with pytest.raises(ValueError, match="block is 6 frames"):
-        model.dit(torch.zeros(2, 8, 5), torch.ones(2), condition(model), context=torch.zeros(2, 8, 6))
-    with pytest.raises(ValueError, match="seconds_total"):
-        model.conditioner(["x"])
-
-
-def test_text_follows_the_model(monkeypatch):
-    """T5's states come from the CPU and must go where the conditioner is, projected or not."""
-    monkeypatch.setattr(T5, "__call__", lambda self, prompts: (torch.ones(len(prompts), 3, 8), torch.ones(len(prompts), 3) > 0))
-    for width in 8, 16:
-        with torch.device("meta"):
-            conditioner = Conditioner(replace(TINY, text="t5", text_tokens=3, text_width=8, cond_width=width))
-        assert conditioner(["a", "b"], seconds_total=1).tokens.device.type == "meta"
-
-
-def test_words_are_stable():
-    """The ids are part of every checkpoint: they must never change. Unknown words and long prompts are no error."""
-    words = tiny().conditioner.words
-    with torch.no_grad():
-        words.table.weight[1:] = torch.arange(1, 65)[:, None]
-    states, mask = words(["Slow PIANO, 120 bpm"])
-    ids = states[0, :, 0].int().tolist()
-    assert ids == [30, 45, 41, 16, 0, 0] and mask.tolist() == [[True] * 4 + [False] * 2], ids
-    assert words(["one two three four five six seven eight"])[0].shape == (1, 6, 16)
-
-
-# ------------------------------------------------------------------------------------------------ streaming audio
-@pytest.mark.parametrize("causal,depth", [(False, 2), (True, 1)])
-@pytest.mark.parametrize("cfg", [1.0, 3.0])
-def test_prompt_changes_from_a_block_on(causal, depth, cfg):
-    """Blocks before are those of the old prompt, blocks after those of a model that is told the new one: where finished
-    blocks do not remember their prompt (encoder-decoder; a single layer) that is the uncached model, told the same."""
-    model = tiny(causal=causal, depth=depth)
-    old, new = condition(model, "slow piano"), condition(model, "fast")
-    def changing():
-        turns = iter([None, None, None, new, *[None] * 9])
-        return dict(blocks=7, seed=3, cfg=cfg, change=lambda: next(turns))
-    made, kept = latents_of(model, old, **changing()), latents_of(model, old, 7, seed=3, cfg=cfg)
-    uncached = latents_of(model, old, use_cache=False, **changing())
-    at = 3 * TINY.block
-    assert torch.equal(made[..., :at], kept[..., :at]) and (made - kept)[..., at:].abs().max() > 1e-3
-    assert (made - uncached).abs().max() < 1e-4
-
-
-def test_last_lines_of_a_terminal():
-    """A terminal gives a line at a time and a pipe anything: all there is is read, and half a line waits for its end."""
-    for ours, theirs in (pty.openpty()[::-1], os.pipe()):
-        with open(ours) as file:
-            lines = sample.last_lines(file)
-            for typed, want in (("one\ntwo\n", "two"), ("", None), ("fast arpeg", None), ("gios\n \n", "fast arpeggios"), ("caf\u00e9\n", "caf\u00e9")):
-                os.write(theirs, typed.encode())
-                assert (next(lines) if not os.isatty(ours) or typed[-1:] == "\n" or not typed else want) == want
-            os.close(theirs)
-            assert next(lines) is None and next(lines) is None      # the end of the file, a terminal that is gone
-
-
-def test_live_prompts(tiny_file, tmp_path, monkeypatch, call):
-    """--live: the last line typed is played from the next block on; one that cannot be is named and the music goes on."""
-    def play(typed, *args):
-        read, write = os.pipe()
-        os.write(write, typed.encode())
-        os.close(write)
-        with open(read) as stdin:
-            monkeypatch.setattr(sys, "stdin", stdin)
-            status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.4, "--live", "--precision", "float32", "--out", "live.wav", *args)
-        return err if status else (err, soundfile.read(tmp_path / "live.wav", dtype="int16")[0])
-    err, live = play("loud\nfast piano\n\n")
-    model = sample.load(tiny_file)
-    turns = iter([condition(model, "fast piano")])
-    latents = latents_of(model, condition(model, "slow piano"), 100, change=lambda: next(turns, None))
-    assert "next: 'fast piano'" in err and np.abs(live.astype(int) - audio_io.pcm(model.autoencoder.decode(latents))[:17640]).max() <= 1
-    assert not np.array_equal(live, play("")[1])            # nothing typed: the checkpoint's own prompt
-    torch.save({"prompts": ["fast"], "embeddings": torch.randn(1, 6, 16)}, tmp_path / "prompts.pt")
-    err, there = play("slow\n", "--prompt-file", "prompts.pt")
-    assert "no embedding of 'slow'" in err and np.array_equal(there, play("", "--prompt-file", "prompts.pt")[1])
-    assert "--live needs" in play("fast", "--no-cache")
-    monkeypatch.setattr(sys, "stdin", None)
-    assert "closed" in call(sample.main, "--ckpt", tiny_file, "--live", "--out", "live.wav")[1]
-    assert sample.default_seconds(model, live=True) == math.inf and sample.default_seconds(model, live=False) == 30
-
-
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("sizes", [[6] * 10, [1] * 60, [48, 12], [60]])
-def test_streamed_decode_equals_whole(sizes, packed, monkeypatch):
-    """Whatever the pieces, with weights packed for the CPU or not, and where a piece is too large and goes on in smaller ones."""
-    model = tiny()
-    latents = torch.randn(2, 8, 60)
-    whole = model.autoencoder.decode(latents)
-    decoder = audio_io.StreamingDecoder(model.autoencoder)
-    plain = [decoder(piece) for piece in latents.split(sizes, dim=-1)]
-    plain = torch.cat([*plain, decoder(latents[..., :0], last=True)], dim=-1)
-    assert plain.shape == whole.shape and (plain - whole).abs().max() < 1e-5
-    monkeypatch.setattr(speed, "packs", lambda weight: packed and torch.backends.mkldnn.is_available())
-    speed.to_precision(model, "float32")                # changes the order of some weights in memory, no number
-    streamed = torch.cat(list(audio_io.decode_stream(model.autoencoder, latents.split(sizes, dim=-1))), dim=-1)
-    assert streamed.shape == whole.shape and (streamed - whole).abs().max() < 1e-5
-    sevens = lambda layer: layer.kernel_size == (7,) and layer.bias is not None
-    monkeypatch.setattr(speed.Winograd, "suits", sevens if packed else speed.Winograd.suits)      # the tiny model's matrices are small
-    decoder = speed.StreamingDecoder(model.autoencoder)
-    assert packed == any(conv.winograd is not None for conv in decoder.unpadded.values())
-    decoder.most = 300                                      # 10 frames of the narrowest layer, one or two of the widest
-    streamed = torch.cat([decoder(z, last=i == len(sizes)) for i, z in enumerate([*latents.split(sizes, dim=-1), latents[..., :0]])], dim=-1)
-    assert streamed.shape == whole.shape and (streamed - whole).abs().max() < 1e-5
-
-
-def test_without_speed_the_rest_is_complete(tiny_file, music, tmp_path):
-    """The same music within one step of 16 bits, the same loss; an option that only speed.py serves names it."""
-    here = tmp_path / "plain"
-    here.mkdir()
-    for file in HERE.glob("*.py"):
-        if file.name not in ("speed.py", "test_all.py"):
-            shutil.copy(file, here)
-
-    def run(folder, name, *args):
-        return subprocess.run([sys.executable, folder / name, *map(str, args)], cwd=tmp_path, capture_output=True, text=True)
-    played, losses = [], []
-    for folder in HERE, here:
-        out = tmp_path / folder.name
-        done = run(folder, "sample.py", "--ckpt", tiny_file, "--seconds", 0.02, "--precision", "float32", "--device", "cpu",
-                   "--out", f"{out}.wav")
-        assert done.returncode == 0, done.stderr
-        played.append(soundfile.read(f"{out}.wav", dtype="int16")[0].astype(int))
-        done = run(folder, "finetune.py", "--init", tiny_file, "--data", music, "--out", f"{out}.pt", "--steps", 1,
-                   "--batch", 2, "--blocks", 2, "--validation-crops", 2, "--precision", "float32", "--device", "cpu")
-        assert done.returncode == 0, done.stderr
-        losses.append(float(rows_of(f"{out}.csv")[-1]["loss"]))
-    assert played[0].any() and np.abs(played[0] - played[1]).max() <= 1
-    assert abs(losses[0] - losses[1]) < 1e-4 * losses[0]
-    done = run(here, "sample.py", "--ckpt", tiny_file, "--precision", "int8", "--out", "a.wav")
-    assert done.returncode == 2 and "needs speed.py" in done.stderr and "Traceback" not in done.stderr
-
-
 def test_a_broken_speed_file_is_not_passed_over(tmp_path):
     shutil.copy(HERE / "common.py", tmp_path)
     shutil.copy(HERE / "model.py", tmp_path)
     (tmp_path / "speed.py").write_text("import no_such_package")
-    done = subprocess.run([sys.executable, "-c", "import common"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "import common"], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert done.returncode and "no_such_package" in done.stderr
-
-
-def test_the_road_to_attention_is_short(tiny_file, tmp_path, call, monkeypatch):
-    """Our own frames from a script's main to the attention call, guidance included."""
-    roads, real = [], torch.nn.functional.scaled_dot_product_attention
-
-    def spy(*args, **kw):
-        stack = traceback.extract_stack()
-        frames = [f.name for f in stack if Path(f.filename).parent == HERE and f.filename != __file__]
-        roads.append(frames[frames.index("main"):])
-        return real(*args, **kw)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.01, "--threads", 1, "--cfg", 2, "--device", "cpu",
-                       "--out", "a.wav")
-    assert status == 0, err
-    longest = max(roads, key=len)
-    assert len(longest) <= 8, " > ".join(longest)
 
 
 @pytest.mark.parametrize("dilation", [1, 3, 9])
@@ -563,8 +862,10 @@ def test_a_decoder_goes_at_once():
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN packs nothing")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_layer_is_the_layer(dtype):
-    """For any number of rows, though some are added in bf16; the weights are the layer's own, in another order."""
-    assert not speed.packs(torch.empty(1024, 1024, 1))  # oneDNN's order for those made each call rearrange them
+    """For any number of rows, though some are added in bf16; the weights are the layer's own, in another
+    order."""
+    # oneDNN's order for those made each call rearrange them
+    assert not speed.packs(torch.empty(1024, 1024, 1))
     if dtype == torch.bfloat16 and not torch.cpu._is_avx512_supported():
         pytest.skip("oneDNN has bf16 with AVX-512")
     for bias in True, False:
@@ -578,7 +879,8 @@ def test_packed_layer_is_the_layer(dtype):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="--compile needs a C++ compiler")
 def test_compiled_snake_is_the_snake():
-    """Into another place, and over the input; channels and lengths vary. In a decoder too, which equals the whole."""
+    """Into another place, and over the input; channels and lengths vary. In a decoder too, which equals the
+    whole."""
     snake = speed.fused_snake("cpu", torch.float32)
     with torch.no_grad():
         for batch, channels, samples in (1, 70, 300), (2, 33, 41), (1, 33, 0):
@@ -586,10 +888,12 @@ def test_compiled_snake_is_the_snake():
             torch.nn.init.normal_(layer.alpha), torch.nn.init.normal_(layer.beta)
             x, out = speed.channels_last(torch.randn(batch, channels, samples)), speed.channels_last(torch.zeros(batch, channels, 2 + samples))
             want = layer(x)
-            assert torch.allclose(snake(layer, x, out[..., 2:])[..., :samples], want, atol=1e-5) and not out[..., :2].any()
+            assert torch.allclose(snake(layer, x, out[..., 2:])[..., :samples], want,
+                                  atol=1e-5) and not out[..., :2].any()
             assert torch.allclose(snake(layer, x, x), want, atol=1e-5) and torch.allclose(x, want, atol=1e-5)
         model, latents = tiny(), torch.randn(1, 8, 30)
-        streamed = torch.cat(list(audio_io.decode_stream(model.autoencoder, latents.split(6, dim=-1), compile=True)), dim=-1)
+        streamed = torch.cat(list(audio_io.decode_stream(model.autoencoder, latents.split(6, dim=-1),
+                                                         compile=True)), dim=-1)
         assert (streamed - model.autoencoder.decode(latents)).abs().max() < 1e-5
 
 
@@ -598,16 +902,18 @@ def test_without_a_compiler_compile_ends_before_the_output_is_opened(tiny_file, 
     out = tmp_path / "kept.wav"
     out.write_bytes(b"a recording")
     env = dict(os.environ, CXX="/nonexistent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
-    done = script("sample.py", "--ckpt", tiny_file, "--seconds", 1, "--compile", "--out", out, text=True, env=env)
+    done = script("sample.py", "--ckpt", tiny_file, "--seconds", 1, "--compile", "--out", out, text=True,
+                  env=env)
     assert done.returncode == 2 and "--compile does not work here" in done.stderr and "Traceback" not in done.stderr
     assert out.read_bytes() == b"a recording"
 
 
 def test_snake_in_pieces_is_the_snake():
-    """A long input goes through in pieces: the same numbers, also written over the input, in either order of memory."""
+    """A long input goes through in pieces: the same numbers, also written over the input, in either order of
+    memory."""
     snake, plain = speed.PiecewiseSnake(70), SnakeBeta(70)
     torch.nn.init.normal_(snake.alpha), torch.nn.init.normal_(snake.beta)
-    x = torch.randn(1, 70, 31000)                           # more than 2 ** 21 values, the last piece is shorter
+    x = torch.randn(1, 70, 31000)    # more than 2 ** 21 values, the last piece is shorter
     want = (x + (snake.alpha.exp()[:, None] * x).sin() ** 2 / (snake.beta.exp()[:, None] + 1e-9)).detach()
     plain.load_state_dict(snake.state_dict())
     assert torch.allclose(plain(x), want, atol=1e-6)
@@ -616,140 +922,6 @@ def test_snake_in_pieces_is_the_snake():
         for x in x, speed.channels_last(x):
             assert torch.allclose(snake(x), want, atol=1e-6)
             assert torch.allclose(speed.snake(snake, x, out=x), want, atol=1e-6) and torch.allclose(x, want, atol=1e-6)
-
-
-def test_autoencoder_starts_as_a_codec():
-    """Before any training music comes back: the transforms invert each other, the principal components keep the energy."""
-    x, basis = torch.randn(1, 1, 400), nano.mdct(4)[:, None]
-    frames = torch.nn.functional.conv1d(x, basis, stride=4, padding=2)
-    back = torch.nn.functional.conv_transpose1d(frames, basis, stride=4, padding=2)
-    assert (x - back)[..., 4:-4].abs().max() < 1e-5
-    t = torch.arange(32 * 400) / 44100
-    tones = torch.tensor([[[110.0], [440.0]], [[330.0], [1000.0]], [[70.0], [700.0]]])
-    audio = 0.1 * torch.sin(2 * math.pi * tones * t)        # left and right differ
-    ae = tiny().autoencoder
-    nano.start_as_transform(ae, audio)
-    latents = ae.encode(audio)
-    assert nano.snr(ae.decode(latents)[..., 500:-500], audio[..., 500:-500]) > 20
-    assert 0.8 < latents.square().mean() < 1.2
-
-
-def test_autoencoder_training(tmp_path, music, call):
-    """It resumes where it stopped, as if it never had; the encoder stays as it was; the critic is part of it where asked for."""
-    common.save(tiny(), tmp_path / "start.pt")
-    train = lambda out, steps, *more: call(nano.main, "autoencoder", "--data", music, "--init", "start.pt", "--out", out, "--steps", steps,
-                                           "--batch", 2, "--crop", 8192, "--every", 1, "--device", "cpu", *more)[0]
-    assert [train(out, 2, "--adversary", weight) for out, weight in (("a.pt", 0), ("b.pt", 1))] == [0, 0]
-    start, plain, judged = (sample.load(tmp_path / name).autoencoder for name in ("start.pt", "a.pt", "b.pt"))
-    assert all(torch.equal(p.half(), q.half()) for p, q in zip(start.encoder.parameters(), plain.encoder.parameters()))
-    moved = lambda a, b: max((p - q).abs().max().item() for p, q in zip(a.decoder.parameters(), b.decoder.parameters()))
-    assert moved(start, plain) > 1e-6 and moved(plain, judged) > 1e-6
-    states = []
-    for stops in ((1, 2), (2,)):                            # the learning rate's cosine is over all steps: the first step's is the same
-        for f in tmp_path.glob("c.pt*"):
-            f.unlink()
-        for stop in stops:
-            assert train("c.pt", stop, "--adversary", 1, "--lr", 1e-3) == 0
-        states.append(torch.load(tmp_path / "c.pt.train", weights_only=True))
-    assert states[0]["step"] == 2 and states[0]["critic_optimizer"]["state"][0]["step"] == 2
-    for part in ("weights", "critic"):
-        assert all(torch.equal(states[0][part][k], states[1][part][k]) for k in states[0][part])
-
-
-def test_critic_losses_by_hand():
-    real, made = [[torch.ones(2), torch.tensor([0.5, 2.0])]], [[torch.zeros(2), torch.tensor([-2.0, 0.0])]]
-    assert nano.critic_loss(real, made).item() == pytest.approx(0.25 + 0.5)
-    assert nano.persuasion_loss(real, made).item() == pytest.approx(1 + 2 * 1)
-
-
-def test_pack_takes_a_newer_decoder(tmp_path, call):
-    """... of the same encoder: with another the latents would mean something else."""
-    model, newer, other, forced = tiny(), tiny(), tiny(), tiny(seed=1)
-    newer.autoencoder.decoder[0].weight += 1
-    other.autoencoder.encoder[0].weight += 1
-    for name in ("model", "newer", "other", "forced"):
-        common.save(locals()[name], tmp_path / f"{name}.pt")
-    pack = lambda name: call(nano.main, "pack", "--ckpt", tmp_path / "model.pt", "--autoencoder",
-                             tmp_path / f"{name}.pt", "--out", tmp_path / "packed.pt", "--steps", 4, "--cfg", 1.5)
-    status, err = pack("other")
-    assert status == 2 and "encoder" in err and not (tmp_path / "packed.pt").exists()
-    assert pack("newer")[0] == 0
-    packed = sample.load(tmp_path / "packed.pt")
-    assert packed.sampling["steps"] == 4 and packed.sampling["cfg"] == 1.5
-    assert torch.allclose(packed.autoencoder.decoder[0].weight, newer.autoencoder.decoder[0].weight, atol=1e-3)
-    assert torch.allclose(packed.dit.project_in.weight, model.dit.project_in.weight, atol=1e-3)
-    assert call(nano.main, "pack", "--ckpt", "model.pt", "--arc", "forced.pt", "--share", 0.25, "--out", "packed.pt")[0] == 0
-    for other in dict(depth=2), dict(causal=not TINY.causal), dict(block=TINY.block // 2):
-        common.save(tiny(**other), tmp_path / "another.pt")
-        status, err = call(nano.main, "pack", "--ckpt", "model.pt", "--arc", "another.pt", "--out", "no.pt")
-        assert status == 2 and "other sizes" in err and not (tmp_path / "no.pt").exists()
-    mixed = 0.75 * model.dit.project_in.weight + 0.25 * forced.dit.project_in.weight
-    packed = sample.load(tmp_path / "packed.pt")
-    assert torch.allclose(packed.dit.project_in.weight, mixed, atol=1e-3)
-    assert packed.stage == "arc"                            # what is finetuned from it is not, and plays with guidance again
-    args = argparse.Namespace(init=tmp_path / "packed.pt", causal=None, block=None, context_blocks=None)
-    assert sample.sampling_settings(finetune.start_model(args)) == nano.AFTER_FINETUNING
-
-
-def test_words_never_learned_are_left_out(tiny_file, music, tmp_path, call):
-    """finetune.py writes down the words of its prompts, the stages after it hand them on, sample.py plays no others."""
-    for script_, *args in ((finetune, "--init", tiny_file, "--data", music, "--steps", 1, "--batch", 2, "--sample-every", 0),
-                           (arc_forcing, "--d-warmup", 0, "--steps", 1, "--batch", 2, "--rollout", 1), (nano, "pack", "--ckpt", "out/arc.pt"),
-                           (finetune, "--init", "nano.pt", "--data", music, "--steps", 1, "--batch", 2, "--sample-every", 0)):
-        status, err = call(script_.main, *args)
-        assert status == 0, err
-    words = {name: sample.load(tmp_path / name).sampling["words"] for name in ("out/arc.pt", "nano.pt", "out/finetune.pt")}
-    assert words["nano.pt"] == words["out/arc.pt"] == words["out/finetune.pt"] and "tone" in words["nano.pt"] and "dreamy" not in words["nano.pt"]
-    played = []
-    for prompt in "tone", "dreamy TONE, warm":
-        status, err = call(sample.main, "--ckpt", "nano.pt", "--seconds", 0.1, "--prompt", prompt, "--out", "a.wav")
-        played.append((tmp_path / "a.wav").read_bytes())
-        assert status == 0 and ("left out: dreamy, warm" in err) == (prompt != "tone")
-    assert played[0] == played[1]
-    status, err = call(sample.main, "--ckpt", "nano.pt", "--seconds", 0.1, "--prompt", "tone " * 8 + "dreamy", "--out", "a.wav")
-    assert status == 0 and "words beyond the 6 that it reads are left out: tone, tone\n" in err and f"'{'tone ' * 5}tone'" in err, err
-    # ARC-Forcing on other music learns its words, as many of a prompt as the model reads
-    for name in "ab":
-        save_wav(tmp_path / f"other/{name}.wav", 0.8).with_suffix(".txt").write_text("xylophone that plays on and on, harmonica")
-    for out, *phases in (("warm.pt", "--g-warmup", 1, "--teacher-steps", 2, "--every", 1, "--steps", 1), ("game.pt", "--steps", 1)):
-        status, err = call(arc_forcing.main, "--init", "out/finetune.pt", "--data", "other", "--out", out, "--d-warmup", 0, "--batch", 2,
-                           "--rollout", 1, *phases)
-        known = sample.load(tmp_path / out).sampling["words"]
-        assert status == 0 and {*words["nano.pt"], "xylophone", "that"} <= {*known} and "harmonica" not in known, err
-
-
-def test_nothing_known_in_a_prompt(tiny_file, tmp_path, call):
-    model = sample.load(tiny_file)
-    model.sampling = dict(model.sampling, words=["piano", "slow"])
-    common.save(model, tmp_path / "knows.pt")
-    status, err = call(sample.main, "--ckpt", "knows.pt", "--prompt", "jazz", "--out", "a.wav")
-    assert status == 2 and "it knows piano, slow" in err and not (tmp_path / "a.wav").exists()
-
-
-def test_clip_is_not_made_before_its_output_is_open(tmp_path, call, monkeypatch):
-    """A whole clip can take minutes: what cannot be written is refused first. Without --seconds it is as long as it can be, up to 30 s."""
-    model, made = tiny(clip=20), []
-    model.stage = "base"
-    common.save(model, tmp_path / "base.pt")
-    real = sample.clip
-    monkeypatch.setattr(sample, "clip", lambda *args, **kw: made.append(1) or real(*args, **kw))
-    status, err = call(sample.main, "--ckpt", "base.pt", "--steps", 1, "--out", "a.mp3")
-    assert status == 2 and "must end in .wav or .flac" in err and not made
-    assert call(sample.main, "--ckpt", "base.pt", "--steps", 1, "--out", "a.wav")[0] == 0 and made == [1]
-    assert soundfile.info(tmp_path / "a.wav").frames == 20 * TINY.hop
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_prime_too_old_to_be_heard_is_left_out(causal):
-    """As many blocks as reach the next one through all layers, not the whole recording."""
-    model, ran = tiny(causal=causal), []
-    c, plain, cond = model.config, model.dit.blocks, condition(model, "slow piano")
-    prime, draw = torch.randn(1, 8, (c.reach_blocks + 9) * c.block + 1), noises(0, (1, 8, c.block))
-    context = sample.Context(model, model.dit.encode_prompt(cond), prime[..., 1:])                 # all of it
-    want = sample.denoise_block(context.predict, draw(), schedule(2)[:-1], "euler", c.objective, draw)
-    model.dit.blocks = lambda *args, **kw: ran.append(args) or plain(*args, **kw)
-    got = latents_of(model, cond, 1, steps=2, sampler="euler", cfg=1, prime=prime)
-    assert (got - want).abs().max() < 1e-5 and len(ran) == (c.reach_blocks - 1 if causal else 0) + 2
 
 
 def test_side_by_side():
@@ -782,423 +954,7 @@ def test_prefetch():
     assert all("work" not in thread.name for thread in threading.enumerate())
 
 
-@pytest.mark.parametrize("side", ["decoder", "encoder"])
-def test_margins_cover_the_receptive_field(side):
-    """A change outside the margin changes nothing; one inside, a little short of it, does (so it is not far too wide)."""
-    ae, hop = tiny().autoencoder, TINY.hop
-    margin, T = (audio_io.decoder_margin(TINY), audio_io.encoder_margin(TINY))[side == "encoder"], 80
-    x = torch.randn(1, 8, T) if side == "decoder" else torch.randn(1, 2, T * hop)
-    run, unit = (ae.decode, 1) if side == "decoder" else (ae.encode, hop)
-    def changed(distance):
-        y = x.clone()
-        y[..., :(40 - distance) * unit] += 1
-        y[..., (41 + distance) * unit:] -= 1
-        a, b = run(x), run(y)
-        at = slice(40 * hop, 41 * hop) if side == "decoder" else slice(40, 41)
-        return (a - b)[..., at].abs().max()
-    assert changed(margin) == 0 and changed(margin - 3) > 0
-
-
-def test_command_line_wav(tiny_file, tmp_path, call):
-    """Exact length; a pipe gets a true header; the short file is the start of the long one, whose standard error is closed; --out says the same."""
-    short = script("sample.py", "--ckpt", tiny_file, "--seconds", 0.2)
-    long = subprocess.run(f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'sample.py'))} --ckpt {shlex.quote(str(tiny_file))} --seconds 0.4 2>&-",
-                          shell=True, stdout=subprocess.PIPE)
-    assert long.returncode == 0 and len(long.stdout) == 44 + 4 * 17640
-    assert short.returncode == 0, short.stderr.decode()
-    audio, rate = soundfile.read(io.BytesIO(short.stdout), dtype="int16")
-    assert rate == 44100 and audio.shape == (8820, 2) and soundfile.info(io.BytesIO(short.stdout)).subtype == "PCM_16"
-    assert len(short.stdout) == 44 + 4 * 8820
-    assert short.stdout[44:] == long.stdout[44:len(short.stdout)]
-    for name in ("a.wav", "a.flac"):
-        assert call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2, "--out", name)[0] == 0
-        assert np.array_equal(soundfile.read(tmp_path / name, dtype="int16")[0], audio)
-
-
-def test_streamed_file_is_the_latents_decoded_at_once(tiny_file, tmp_path, call):
-    assert call(sample.main, "--ckpt", tiny_file, "--seconds", 0.4, "--seed", 5, "--precision", "float32", "--out", "a.wav")[0] == 0
-    model = sample.load(tiny_file)
-    latents = latents_of(model, condition(model, "slow piano"), 100, seed=5)
-    whole = audio_io.pcm(model.autoencoder.decode(latents))[:17640]
-    assert np.abs(soundfile.read(tmp_path / "a.wav", dtype="int16")[0].astype(int) - whole).max() <= 1
-
-
-def test_priming_continues_the_recording(tiny_file, tmp_path, music, call):
-    """--prime: blocks made after the recording's own latents, decoded over the join."""
-    track = music / "tone 0.wav"
-    assert call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2, "--prime", track, "--precision", "float32", "--out", "a.wav")[0] == 0
-    model = sample.load(tiny_file)
-    prime = audio_io.encode_file(model, track)[None]
-    latents = latents_of(model, condition(model, "slow piano"), 100, prime=prime)
-    whole = model.autoencoder.decode(torch.cat([prime, latents], dim=-1))[..., prime.shape[-1] * TINY.hop:]
-    assert np.abs(soundfile.read(tmp_path / "a.wav", dtype="int16")[0].astype(int) - audio_io.pcm(whole)[:8820]).max() <= 1
-
-
-def test_closed_pipe_and_interrupt(tiny_file, tmp_path):
-    line = f"{shlex.quote(sys.executable)} {HERE}/sample.py --ckpt {tiny_file} --seconds inf | head -c 1000 | wc -c"
-    done = subprocess.run(line, shell=True, capture_output=True, timeout=60)
-    assert done.stdout.strip() == b"1000" and b"Traceback" not in done.stderr and b"rror" not in done.stderr
-    with open(tmp_path / "a.wav", "wb") as f:
-        f.write(b"before"), f.flush()                       # the header, mended at the end, stands where the output began
-        player = subprocess.Popen([sys.executable, HERE / "sample.py", "--ckpt", tiny_file, "--seconds", "inf"], stdout=f, stderr=subprocess.PIPE,
-                                  preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a shell may ignore it
-        while os.path.getsize(tmp_path / "a.wav") < 50000:
-            time.sleep(0.05)
-        player.send_signal(signal.SIGINT)
-        try:
-            err = player.communicate(timeout=30)[1]
-        finally:
-            player.kill()
-    assert player.returncode == 130 and b"Traceback" not in err
-    made = (tmp_path / "a.wav").read_bytes()
-    assert made[:6] == b"before" and soundfile.info(io.BytesIO(made[6:])).frames == (len(made) - 50) // 4
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-def test_save_and_load(tmp_path):
-    model = tiny(causal=False)
-    (tmp_path / "a.pt.7.part").write_bytes(b"of a run killed while it saved")
-    common.save(model, tmp_path / "a.pt", step=5)
-    again = sample.load(tmp_path / "a.pt")
-    assert again.config == model.config and again.stage == "finetune" and again.sampling == model.sampling
-    cond = condition(model)
-    assert torch.equal(latents_of(model, cond, 3), latents_of(again, condition(again), 3))
-    assert not list(tmp_path.glob("*.part"))
-
-
-def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path):
-    """As on a full disk: files may not grow beyond 10 kB here."""
-    resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    common.save(tiny(), tmp_path / "a.pt")
-    broken = tiny()
-    broken.dit.project_in.weight.data[0, 0] = math.nan
-    with pytest.raises(UserError, match="no longer finite"):
-        common.save(broken, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="no longer finite"):
-        common.save(tiny(), tmp_path / "a.pt", discriminator=dict(weights=dict(head=torch.tensor([math.nan]))))
-    assert sample.load(tmp_path / "a.pt").dit.project_in.weight.isfinite().all()
-    before = (tmp_path / "a.pt").read_bytes()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10000, limits[1]))
-    try:
-        with pytest.raises(UserError, match="cannot write .*a.pt"):
-            common.save(tiny(seed=1), tmp_path / "a.pt")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [f.name for f in tmp_path.iterdir()] == ["a.pt"] and (tmp_path / "a.pt").read_bytes() == before
-
-
-def test_loading_fills_no_weights_first(tiny_file):
-    """... which on the meta device would import a compiler, a second and more before the first audio."""
-    line = f"import sys, sample; sample.load({str(tiny_file)!r}); print('sympy' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", line], cwd=HERE, capture_output=True, text=True)
-    assert done.stdout.strip() == "False", done.stderr
-
-
-def test_presets_round_trip_and_geometry():
-    for config in PRESETS.values():
-        assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    small = PRESETS["sao_small"]
-    assert (small.hop, small.window, small.context, small.stream_numbers) == (2048, 240, 192, {"seconds_total": 12})
-
-
-BAD = [
-    (sample.main, ["--ckpt", "{tmp}/none.pt"], "no checkpoint at"),
-    (sample.main, ["--ckpt", "{tmp}/corrupt.pt"], "not a readable checkpoint"),
-    (sample.main, ["--ckpt", "{tmp}/other.pt"], "not a checkpoint of this project"),
-    (sample.main, ["--ckpt", "{tmp}/shape.pt"], "project_in.weight is"),
-    (sample.main, ["--ckpt", "{tmp}/missing.pt"], "context_in.weight missing"),
-    (sample.main, ["--ckpt", "{tiny}", "--seconds", "0"], "not positive"),
-    (sample.main, ["--ckpt", "{tiny}", "--seconds", "nan"], "not positive"),
-    (sample.main, ["--ckpt", "{tiny}", "--steps", "0"], "less than 1"),
-    (sample.main, ["--ckpt", "{tiny}", "--seed", str(2 ** 64)], "not between 0 and 2^64 - 1"),
-    (finetune.main, ["--init", "{tiny}", "--seed", "-1"], "not between 0 and 2^64 - 1"),
-    (sample.main, ["--ckpt", "{tiny}", "--sampler", "magic"], "invalid choice"),
-    (sample.main, ["--ckpt", "{tiny}", "--sec", "3"], "unrecognized"),
-    (sample.main, ["--ckpt", "{tiny}", "--out", "{tmp}/a.wav", "--prompt-file", "{tmp}/prompts.pt"], "embeddings 7 wide"),
-    (sample.main, ["--ckpt", "{tmp}/base.pt", "--out", "{tmp}/a.wav", "--seconds", "1", "--prime", "x.wav"], "--prime is for models that stream"),
-    (sample.main, ["--ckpt", "{tiny}", "--device", "meta", "--out", "{tmp}/a.wav"], "cpu or cuda"),
-    (sample.main, ["--ckpt", "{tiny}", "--out", "{tmp}/no/such/a.wav"], "cannot write"),
-    (sample.main, ["--ckpt", "{tiny}", "--out", "{tmp}/a.xyz"], "must end in .wav or .flac"),
-    (sample.main, ["--ckpt", "{tiny}", "--prime", "{tmp}/none.wav", "--out", "{tmp}/a.wav"], "no such file"),
-    (sample.main, ["--ckpt", "{tiny}", "--device", "warp", "--out", "{tmp}/a.wav"], "warp"),
-    (sample.main, ["--ckpt", "{tiny}", "--device", "hpu", "--out", "{tmp}/a.wav"], "hpu"),
-    (sample.main, ["--ckpt", "{tiny}", "--prime", "", "--out", "{tmp}/a.wav"], "no such file"),
-    (sample.main, ["--ckpt", "{tiny}", "--cfg", "nan", "--out", "{tmp}/a.wav"], "no finite number"),
-    (finetune.main, ["--init", "{tiny}"], "--data is missing"),
-    (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/nowhere"], "no such folder"),
-    (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/empty"], "no readable audio"),
-    (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text"], "no readable audio"),
-    (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--batch", "3", "--accumulate", "2"], "does not divide"),
-    (finetune.main, ["--resume", "--out", "{tiny}"], "no training to resume"),
-    (finetune.main, ["--resume", "--out", "{tmp}/arc.pt"], "no finetuning to resume"),
-    (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--block", "7"], "was begun with block"),
-    (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--preset", "sao_small"], "was begun with preset nano"),
-    (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--init", "{tiny}"], "was begun with init none"),
-    (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text"], "is a folder"),
-    (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text/song.wav/ft.pt"], "no folder that can be written in"),
-    (arc_forcing.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text"], "is a folder"),
-    (measure.main, ["--ckpt", "{tiny}", "--data", "{tmp}/text", "--picture", "{tmp}/text"], "is a folder"),
-    (measure.main, ["--ckpt", "{tiny}", "--data", "{tmp}/text", "--drift", "--picture", "{tmp}/a.png"], "draws its own"),
-    (nano.main, ["autoencoder", "--init", "{tiny}", "--data", "{tmp}/text", "--crop", "2047"], "a multiple of"),
-    (nano.main, ["autoencoder", "--init", "{tiny}", "--data", "{tmp}/text", "--crop", "1024"], "above 2048"),
-    (nano.main, ["autoencoder", "--data", "{tmp}/short"], "fitted to tracks of 8 s or more"),
-    (nano.main, ["evaluate", "--ckpt", "{tiny}", "--data", "{tmp}/empty"], "no audio to evaluate on"),
-    (nano.main, ["pack", "--ckpt", "{tiny}", "--steps", "0"], "less than 1"),
-    (measure.main, ["--ckpt", "{tiny}", "--data", "{tmp}/text", "--drift", "--out", "{tmp}/text/song.wav/drift"], "no folder that can be written in"),
-]
-
-
-@pytest.mark.parametrize("main, args, message", BAD, ids=lambda x: x if isinstance(x, str) else None)
-def test_bad_input(main, args, message, tiny_file, tmp_path, call):
-    """One line that names the thing, status 2, no traceback, nothing half-written."""
-    (tmp_path / "corrupt.pt").write_bytes(b"PK\x03\x04 not a zip")
-    torch.save({"state_dict": {}}, tmp_path / "other.pt")
-    torch.save({"prompts": ["a"], "embeddings": torch.zeros(1, 2, 7)}, tmp_path / "prompts.pt")
-    base = tiny()
-    base.stage = "base"
-    common.save(base, tmp_path / "base.pt")
-    common.save(tiny(), tmp_path / "arc.pt", args=dict(data="x"), optimizers={})
-    common.save(tiny(), tmp_path / "begun.pt", args=dict(data="x", init="none", preset="nano"), optimizer={})
-    saved = torch.load(tiny_file, weights_only=True)
-    weights = saved["weights"]
-    torch.save({**saved, "weights": {**weights, "dit.project_in.weight": torch.zeros(3, 3)}}, tmp_path / "shape.pt")
-    torch.save({**saved, "weights": {k: v for k, v in weights.items() if "context_in" not in k}}, tmp_path / "missing.pt")
-    for folder in ("empty", "text"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "text" / "song.wav").write_text("not audio")
-    for name in "ab":
-        save_wav(tmp_path / "short" / f"{name}.wav", 0.7)
-    before = sorted(tmp_path.rglob("*"))
-    status, err = call(main, *(a.format(tmp=tmp_path, tiny=tiny_file) for a in args))
-    lines = [line for line in err.splitlines() if "error" in line]
-    assert status == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in err, err
-    assert [p for p in sorted(tmp_path.rglob("*")) if p not in before and "out" not in p.parts] == []
-
-
-def test_terminal_is_refused(tiny_file):
-    import pty
-    master, slave = pty.openpty()
-    done = subprocess.run([sys.executable, HERE / "sample.py", "--ckpt", tiny_file, "--seconds", "1"], stdout=slave, stderr=subprocess.PIPE)
-    os.close(slave), os.close(master)
-    assert done.returncode == 2 and b"terminal" in done.stderr.splitlines()[-1]
-
-
-def test_output_that_ends(tiny_file, tmp_path, call, monkeypatch):
-    """A disk that fills, a standard output that is full from the start or closed: one line, status 2."""
-    resource = pytest.importorskip("resource")
-    play = f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'sample.py'))} --ckpt {shlex.quote(str(tiny_file))} --seconds 0.2"
-    done = subprocess.run(f"{play} > /dev/full", shell=True, stderr=subprocess.PIPE)
-    assert done.returncode == 2 and b"cannot write to standard output" in done.stderr.splitlines()[-1], done.stderr
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2, "--out", "a.wav")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert status == 2 and "cannot go on writing a.wav" in err.splitlines()[-1], err
-    monkeypatch.setattr(sys, "stdout", None)
-    status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2)
-    assert status == 2 and "standard output is closed" in err.splitlines()[-1], err
-
-
-def test_one_recording_for_several_prompts():
-    for model, cache in ((tiny(causal=False), True), (tiny(), False), (tiny(), True)):
-        prime = torch.randn(1, model.config.latent_channels, 2 * model.config.block)
-        made = [latents_of(model, condition(model), 2, prime=p, use_cache=cache) for p in (prime, prime.repeat(2, 1, 1))]
-        assert torch.equal(*made)
-    for wrong in (dict(sampler="ddim"), dict(steps=0)):
-        with pytest.raises(UserError, match="at least 1 of euler"):
-            latents_of(model, condition(model), 1, **wrong)
-
-
-# ------------------------------------------------------------------------------------------------ finetuning
-def test_parallel_loss_equals_one_window_at_a_time():
-    """The blocks of a crop learned at once == each alone, noisy at the end of its whole clean history."""
-    model = tiny(causal=True)
-    m = 4
-    latents, noise, t = torch.randn(2, 8, 7 * 6), torch.randn(2, 8, m * 6), torch.rand(2, m)
-    memory = model.dit.encode_prompt(condition(model))
-    together = finetune.block_losses(model, memory, latents, noise, t)
-    for i in range(m):
-        alone = finetune.block_losses(model, memory, latents[..., :(4 + i) * 6], noise[..., i * 6:(i + 1) * 6], t[:, i:i + 1])
-        assert (together[:, i:i + 1] - alone).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_loss_is_the_stream_s_own_prediction(causal):
-    """What is trained is what plays: the loss's v for the last block is `Context.predict`'s."""
-    model = tiny(causal=causal)
-    memory, latents, noise, t = model.dit.encode_prompt(condition(model)), torch.randn(2, 8, 24), torch.randn(2, 8, 6), torch.tensor(0.4)
-    loss = finetune.block_losses(model, memory, latents, noise, t.expand(2, 1))
-    x0 = latents[..., -6:]
-    v = sample.Context(model, memory, latents[..., :-6]).predict(add_noise(x0, noise, t, "rectified_flow"), t)
-    assert ((v - (noise - x0)).square().mean((1, 2)) - loss[:, 0]).abs().max() < 1e-5
-
-
-def test_context_dropout_shares():
-    rng, n = np.random.default_rng(0), 20000
-    gone = finetune.missing_context(rng, n, replace(TINY, causal=False, context_blocks=4))
-    share = np.bincount(gone, minlength=5) / n
-    assert np.allclose(share, [0.5, 0.075, 0.075, 0.075, 0.275], atol=0.01)
-    gone = finetune.missing_context(rng, n, replace(TINY, causal=True, context_blocks=4))
-    assert set(gone) == {0, 4} and abs((gone == 4).mean() - 0.5) < 0.01
-
-
-def test_batches_are_drawn_by_step(tmp_path):
-    """The same step draws the same, rows of it or all; another step other music, noise and levels; --shift raises the levels."""
-    np.save(tmp_path / "a.npy", np.random.default_rng(0).standard_normal((500, 8)).astype(np.float16))
-    tracks = [data.Track("a", "slow", tmp_path / "a.npy", 0, 500)]
-    draw = lambda rows=slice(0, 4), step=3, shift=0.0: finetune.draw_batch(tracks, TINY, 4, 2, rows, 0, step, shift)
-    whole, again, part, other, shifted = draw(), draw(), draw(slice(2, 4)), draw(step=4), draw(shift=1.5)
-    for i in (0, 2, 3):                                     # latents, noise, levels
-        assert torch.equal(whole[i], again[i]) and torch.equal(whole[i][2:], part[i]) and not torch.equal(whole[i], other[i])
-    t = whole[3].double()
-    assert torch.allclose(shifted[3].double(), t / (t + math.exp(-1.5) * (1 - t)), atol=1e-5)
-
-
-TRAIN = ["--steps", 4, "--batch", 4, "--blocks", 2, "--every", 1, "--validation-crops", 4, "--sample-every", 0,
-         "--precision", "float32", "--lr", "1e-3", "--threads", 1]
-
-
-def rows_of(path):
-    with open(path) as f:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(f)]
-
-
-def killed_after(step, log, name, *args, cwd):
-    """Start a script and kill -9 it once its log holds this step."""
-    broken = subprocess.Popen([sys.executable, HERE / name, *map(str, args)], cwd=cwd, stderr=subprocess.DEVNULL)
-    while broken.poll() is None and not (log.exists() and any(int(row["step"]) >= step for row in rows_of(log))):
-        time.sleep(0.01)
-    broken.kill()
-    broken.wait()
-
-
-@pytest.mark.parametrize("causal", ["--causal", "--no-causal"])
-def test_kill_and_resume_equals_unbroken(causal, tiny_file, music, tmp_path, call):
-    """kill -9 somewhere after step 2, moved elsewhere, then --resume: the same losses to the last digit, the same weights."""
-    args = ["--init", tiny_file, "--data", music, causal, *TRAIN]
-    assert (done := call(finetune.main, *args, "--out", "a/ft.pt"))[0] == 0, done
-    killed_after(2, tmp_path / "b" / "finetune.csv", "finetune.py", *args, "--out", "b/finetune.pt", cwd=tmp_path)
-    for name in "finetune.pt", "finetune.csv":
-        (tmp_path / "b" / name).rename(tmp_path / "out" / name)
-    log = tmp_path / "out" / "finetune.csv"
-    assert call(finetune.main, "--resume")[0] == 0
-    assert rows_of(log) == rows_of(tmp_path / "a" / "ft.csv") and len(rows_of(log)) == 5
-    a, b = (torch.load(tmp_path / name, weights_only=True) for name in ("a/ft.pt", "out/finetune.pt"))
-    assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
-    start = torch.load(tiny_file, weights_only=True)["weights"]
-    moved = [k for k in start if not torch.equal(start[k], a["weights"][k])]
-    assert moved and not any(k.startswith("autoencoder") for k in moved) and "dit.context_in.weight" in moved
-
-
-def test_accumulation_checkpointing_and_processes_change_nothing(tiny_file, music, tmp_path, call):
-    """One step: plain; in two accumulations; with activation checkpointing; on two processes. A gradient too small to be clipped
-    shows in Adam's first moment by its size."""
-    args = ["--init", tiny_file, "--data", music, *TRAIN, "--steps", 1, "--clip", 1e9]
-    for name, more in (("a", []), ("b", ["--accumulate", 2]), ("c", ["--remat"])):
-        assert call(finetune.main, *args, "--out", f"{name}.pt", *more)[0] == 0
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29631", HERE / "finetune.py", *args, "--out", "d.pt"]
-    done = subprocess.run(list(map(str, run)), cwd=tmp_path, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    a, *others = (rows_of(tmp_path / f"{name}.csv")[-1] for name in "abcd")
-    start = rows_of(tmp_path / "a.csv")[0]
-    assert a["validation"] != start["validation"]
-    for other in others:                                    # the loss before the update, and the validation after it
-        assert float(other["validation"]) == pytest.approx(float(a["validation"]), abs=1e-5)
-        assert float(other["loss"]) == pytest.approx(float(a["loss"]), abs=1e-5)
-    plain, *moments = ([s["exp_avg"] for s in torch.load(tmp_path / f"{name}.pt", weights_only=True)["optimizer"]["state"].values()] for name in "abcd")
-    assert max(m.abs().max() for m in plain) > 1e-3
-    for other in moments:
-        assert max((m - n).abs().max() for m, n in zip(plain, other)) < 1e-6
-
-
-# ------------------------------------------------------------------------------------------------ the README
-def readme_commands():
-    """Every line of the shell blocks of README and docs that runs one of our scripts or copies a file; what it is piped into is not ours."""
-    text = "".join((HERE / name).read_text() for name in ("README.md", "docs/nano.md", "docs/experiments.md"))
-    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.S | re.M)
-    lines = [re.sub(r"^OMP_NUM_THREADS=\d+ ", "", part.strip()) for block in blocks for line in block.replace("\\\n", " ").splitlines() for part in line.split("&&")]
-    return [re.sub(r"\s*[|>].*", "", line) for line in lines if re.match(r"(python|torchrun \S+) \w+\.py|cp ", line)]
-
-
-def test_readme_commands(tmp_path, music, call, monkeypatch):
-    """In order, with tiny weights and small numbers. Without public text encoders; the recipe's own tools may be absent."""
-    common.save(tiny(block=48), tmp_path / "nano.pt")       # longer blocks, fewer of them
-    for module in (common, finetune):                       # the shipped nano.pt is what lies beside them
-        monkeypatch.setattr(module, "__file__", str(tmp_path / "here.py"))
-    monkeypatch.setattr(sys, "stdin", open(os.devnull))     # nobody types
-    monkeypatch.setitem(sys.modules, "transformers", None)  # nobody downloads a text encoder
-    for name in ("path/to/music", "data/nano"):
-        shutil.copytree(music, tmp_path / name)
-    shutil.copytree(GOLDEN / "sao_small_tiny", tmp_path / "path/to/stable-audio-open-small")
-    shutil.copy(music / "tone 0.wav", tmp_path / "my_song.ogg")
-    smaller = [(r"--(steps|batch|rollout) \d+", r"--\1 2"), (r"--accumulate \d+", ""),
-               (r"--([dg]-)?warmup \d+", r"--\1warmup 1"), (r"out/(nano_ae|turned).pt", "nano.pt"),
-               (r'"[^"]*marimba"', "tone")]                 # what the tiny model has learned
-    more = {"finetune": " --sample-every 0 --validation-crops 2 --blocks 1 --threads 1", "arc_forcing": " --d-warmup 1 --sample-every 0 --batch 2 --steps 2 --most 2",
-            "sample": " --seconds 0.2 --out played.wav", "measure": " --seeds 2 --seconds 2 --steps 1 --excerpts 2",
-            "bench": " --repeats 1 --threads 2 --steps 1 --regime causal"}
-    commands, ran = readme_commands(), set()
-    assert len(commands) > 10
-    for command in commands:
-        if command.startswith("cp "):
-            shutil.copy(*(tmp_path / name for name in command.split()[1:]))
-            continue
-        name = re.search(r"(\w+)\.py", command)[1]
-        if name == "nano" and not re.search(r"nano.py (pack|evaluate)", command):
-            command = re.sub(r".*nano.py (\w+)", r"python nano.py \1 --help ", command)
-        for pattern, small_ in smaller:
-            command = re.sub(pattern, small_, command)
-        runner, *words = shlex.split(command + more.get(name, "") * ("--help" not in command) + " --window 1" * ("--drift" in command))
-        if runner == "torchrun":
-            words[words.index(f"{name}.py")] = str(HERE / f"{name}.py")
-            done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words, "--init", "nano.pt"], cwd=tmp_path, capture_output=True, text=True)
-            status, err = done.returncode, done.stderr
-        else:
-            status, err = call(importlib.import_module(name).main, *words[1:])
-        refused = status == 2 and re.search(r"pip install (transformers|matplotlib)", err)
-        assert status == 0 or refused, f"{command}\n{err[-1500:]}"
-        ran.add(name)
-    assert {"sample", "finetune", "arc_forcing", "stable_audio_port", "measure", "nano", "bench"} <= ran
-
-
-def test_walkthrough(monkeypatch):
-    """The notebook's cells, but for those that need a notebook or matplotlib: its claims hold for the shipped model."""
-    monkeypatch.chdir(HERE)
-    cells, names = json.loads((HERE / "walkthrough.ipynb").read_text())["cells"], {}
-    for source in ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"):
-        if "IPython" not in source and "matplotlib" not in source:
-            exec(source.replace("blocks=12", "blocks=3, steps=2").replace("blocks=3, seed", "blocks=3, steps=2, seed"), names)
-    assert (names["audio"] - names["whole"]).abs().max() < 1e-4
-    assert max((a - b).abs().max() for a, b in zip(names["blocks"], names["slow"])) < 1e-4
-
-
-# ------------------------------------------------------------------------------------------------ data: files, prompts, latents
-SMALL_AE = Config(ae_width=4, ae_multipliers=(1, 2, 2), ae_strides=(2, 4, 8), latent_channels=8, text="words",
-              text_tokens=4, text_width=16, cond_width=16, width=32, depth=1, heads=1, block=16, context_blocks=2)
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    torch.manual_seed(0)
-    return LMDM(SMALL_AE).eval()
-
-
-def notes(seconds, rate=44100, channels=2, seed=0):
-    rng, t = np.random.default_rng(seed), np.arange(round(seconds * rate))[:, None] / rate
-    x = sum(np.sin(2 * np.pi * (f * t + rng.random(channels))) for f in rng.uniform(100, 3000, 5))
-    return (0.1 * x * (1 - t * 4 % 1) + 0.001 * rng.standard_normal(x.shape)).astype(np.float32)
-
-
-def save_wav(path, seconds=1.0, rate=44100, channels=2, seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, notes(seconds, rate, channels, seed), rate)
-    return path
-
-
-# --- audio
+# -------------------------------------------------------------------------------- audio.py
 @pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3", "opus", "aiff"])
 def test_formats(tmp_path, kind):
     rate = 48000 if kind == "opus" else 44100
@@ -1210,7 +966,8 @@ def test_formats(tmp_path, kind):
     assert abs(audio.shape[1] - 1.5 * 44100) < 0.1 * 44100
     original = torch.from_numpy(notes(1.5, 44100 if kind != "opus" else rate).T.copy())
     original = torchaudio.functional.resample(original, rate, 44100)
-    assert (audio[:, 10000:60000] - original[:, 10000:60000]).square().mean() < 0.02 * original.square().mean()
+    assert (audio[:, 10000:60000] - original[:,
+                                             10000:60000]).square().mean() < 0.02 * original.square().mean()
 
 
 @pytest.mark.parametrize("kind", ["flac", "ogg", "mp3", "opus"])
@@ -1235,7 +992,8 @@ def test_resampling_in_pieces_is_resampling_whole(rate):
 
 def test_odd_rate_needs_no_giant_filter(monkeypatch):
     real = torchaudio.transforms.Resample
-    monkeypatch.setattr(torchaudio.transforms, "Resample", lambda p, q: real(p, q) if max(p, q) < 2000 else pytest.fail("giant filter"))
+    monkeypatch.setattr(torchaudio.transforms, "Resample", lambda p,
+                        q: real(p, q) if max(p, q) < 2000 else pytest.fail("giant filter"))
     x = torch.from_numpy(notes(1, 47999).T.copy())
     y = torch.cat(list(audio_io.resampled([x], 47999, 44100)), dim=1)
     assert abs(y.shape[1] - 44100) < 5
@@ -1243,12 +1001,12 @@ def test_odd_rate_needs_no_giant_filter(monkeypatch):
 
 def test_channels(tmp_path):
     for channels in (1, 2, 6):
-        audio = torch.cat(list(audio_io.read_audio(save_wav(tmp_path / f"{channels}.wav", channels=channels), SMALL_AE)), dim=1)
+        audio = torch.cat(list(audio_io.read_audio(save_wav(tmp_path / f"{channels}.wav", channels=channels),
+                                                   SMALL_AE)), dim=1)
         assert audio.shape == (2, 44100)
         assert (channels == 1) == torch.equal(audio[0], audio[1])
 
 
-# --- latents
 def test_encoding_in_pieces_is_encoding_whole(encoder, monkeypatch):
     monkeypatch.setattr(audio_io, "PIECE", 0.05)
     for samples in (44100, 44100 // 64 * 64, 64 * 40 + 63, 64, 20000):
@@ -1274,6 +1032,7 @@ def test_encode_file(encoder, tmp_path):
         audio_io.encode_file(encoder, tmp_path / "c.wav")
 
 
+# -------------------------------------------------------------------------------- data.py: files, prompts, latents, crops
 def test_latents_on_disk(encoder, tmp_path):
     save_wav(tmp_path / "music/album/a.wav", 1.2)
     save_wav(tmp_path / "music/b.wav", 0.6, rate=22050, channels=1, seed=1)
@@ -1283,7 +1042,8 @@ def test_latents_on_disk(encoder, tmp_path):
         assert track.latents.dtype == np.float16 and track.latents.shape == (track.frames, 8)
         whole = audio_io.encode_file(encoder, tmp_path / "music" / track.name)
         assert np.abs(track.latents - whole.T.numpy()).max() < 5e-3
-    assert d.latent_std == pytest.approx(np.concatenate([t.latents for t in d.tracks]).astype(float).std(), rel=1e-3)
+    assert d.latent_std == pytest.approx(np.concatenate([t.latents for t in d.tracks]).astype(float).std(),
+                                         rel=1e-3)
     assert d.hours == pytest.approx(1.8 / 3600, rel=0.01)
     assert json.loads((tmp_path / "latents/index.json").read_text())["b.wav"]["frames"] == d.tracks[1].frames
 
@@ -1347,7 +1107,7 @@ def test_short_clip_is_filled_with_silence(encoder, tmp_path):
     wide = LMDM(config).eval()
     wide.load_state_dict(encoder.state_dict())
     save_wav(tmp_path / "music/a.wav", 0.7)
-    for m, frames in ((wide, 800), (encoder, 30870 // 64), (wide, 800)):     # each block's length finds its own
+    for m, frames in ((wide, 800), (encoder, 30870 // 64), (wide, 800)):  # each block's length finds its own
         track, = data.prepare(tmp_path / "music", m, tmp_path / "latents", quiet=True).tracks
         assert track.frames == frames
     x = torch.zeros(1, 2, 800 * 64)
@@ -1386,7 +1146,8 @@ def test_bad_files_are_named_and_skipped(encoder, tmp_path, capsys):
     told = capsys.readouterr().err
     assert all(f"{name}: {reason}" in told for name, reason in d.skipped)
     assert "2 tracks" in told and "9 files skipped" in told
-    d = data.prepare(tmp_path, encoder, tmp_path / "latents", quiet=True)  # nor are the latents in the folder strays
+    # nor are the latents in the folder strays
+    d = data.prepare(tmp_path, encoder, tmp_path / "latents", quiet=True)
     assert dict(d.skipped) == bad and capsys.readouterr().err == ""
 
 
@@ -1396,7 +1157,8 @@ def test_strange_file_names(encoder, tmp_path):
     save_wav(tmp_path / long, 0.7)
     shutil.copy(os.fsencode(tmp_path / long), os.fsencode(tmp_path) + b"/caf\xe9.wav")
     d = data.prepare(tmp_path, encoder, tmp_path / "latents", quiet=True)
-    assert [t.name for t in d.tracks] == [long] and [os.fsencode(name) for name, _ in d.skipped] == [b"caf\xe9.wav"]
+    assert [t.name for t in d.tracks] == [long] and [os.fsencode(name) for name,
+                                                     _ in d.skipped] == [b"caf\xe9.wav"]
 
 
 def test_a_full_disk_is_not_the_tracks_fault(encoder, tmp_path, monkeypatch):
@@ -1428,7 +1190,6 @@ def test_own_outputs_are_no_music(tmp_path, monkeypatch):
     assert len(data.audio_files("out")) == 1
 
 
-# --- prompts
 def test_prompts_in_order_of_preference(tmp_path):
     folder = tmp_path / "My_Jazz"
     file = folder / "disc_one" / "03 - night_drive.flac"
@@ -1451,8 +1212,10 @@ def test_prompts_in_order_of_preference(tmp_path):
     (folder / "disc_one/metadata.jsonl").write_text('{"file_name": "03 - night_drive.flac", "text": "nearer file"}\n\n')
     assert prompt() == "nearer file"
     assert data.prompt_of(save_wav(folder / "07.wav"), folder, {}) == "07, My Jazz"
-    for kind, bad in [("jsonl", "{"), ("jsonl", '{"text": "x"}'), ("jsonl", '["a"]'), ("csv", "file_name,caption\na.wav,soft\n"),
-                      ("csv", "file_name, text\na.wav,soft\n"), ("csv", "file_name,text\na.wav,soft, slow\n"), ("csv", "name,text\na.wav,soft, slow\n")]:
+    for kind, bad in [("jsonl", "{"), ("jsonl", '{"text": "x"}'), ("jsonl", '["a"]'),
+                      ("csv", "file_name,caption\na.wav,soft\n"), ("csv", "file_name, text\na.wav,soft\n"),
+                      ("csv", "file_name,text\na.wav,soft, slow\n"),
+                      ("csv", "name,text\na.wav,soft, slow\n")]:
         (folder / f"metadata.{kind}").write_text(bad)
         with pytest.raises(UserError, match=f"metadata.{kind}"):
             data.read_metadata(folder)
@@ -1460,13 +1223,14 @@ def test_prompts_in_order_of_preference(tmp_path):
 
 
 def test_clean_names():
-    names = {"01 Title": "Title", "1-07 Title": "Title", "12. Title": "Title", "000_chorale_piano": "chorale piano",
-             "808 State": "808 State", "1999": "1999", "07": "07", "2nd movement": "2nd movement", "a__b": "a b", "10 Song": "Song",
-             "3 - Song": "Song", "90_bpm_house": "90 bpm house", "90-BPM": "90-BPM", "8-bit": "8-bit", "2-Step": "2-Step", "1.5 Hours": "1.5 Hours"}
+    names = {"01 Title": "Title", "1-07 Title": "Title", "12. Title": "Title",
+             "000_chorale_piano": "chorale piano", "808 State": "808 State", "1999": "1999", "07": "07",
+             "2nd movement": "2nd movement", "a__b": "a b", "10 Song": "Song", "3 - Song": "Song",
+             "90_bpm_house": "90 bpm house", "90-BPM": "90-BPM", "8-bit": "8-bit", "2-Step": "2-Step",
+             "1.5 Hours": "1.5 Hours"}
     assert {name: data.clean(name) for name in names} == names
 
 
-# --- split and crops
 def test_split():
     names = [f"{i:03d}.flac" for i in range(240)]
     train, validation = data.split(names)
@@ -1474,14 +1238,16 @@ def test_split():
     assert data.split(names[::-1]) == (train, validation)
     assert validation[:3] == ["001.flac", "025.flac", "054.flac"]
     assert len(data.split(names[:3])[1]) == 1
-    assert data.split(["train/a.wav", "validation/b.wav", "c.wav"]) == (["c.wav", "train/a.wav"], ["validation/b.wav"])
+    assert data.split(["train/a.wav", "validation/b.wav", "c.wav"]) == (["c.wav", "train/a.wav"],
+                                                                        ["validation/b.wav"])
     assert len(data.split(["validation/a.wav", "validation/b.wav"])[0]) == 1        # nothing else to train on
 
 
 def fake_tracks(tmp_path, lengths, channels=3):
     tracks = []
     for i, n in enumerate(lengths):
-        np.save(tmp_path / f"{i}.npy", (100 * (i + 1) + np.arange(n)[:, None] + np.zeros(channels)).astype(np.float16))
+        np.save(tmp_path / f"{i}.npy",
+                (100 * (i + 1) + np.arange(n)[:, None] + np.zeros(channels)).astype(np.float16))
         tracks.append(data.Track(f"{i}", f"prompt {i}", tmp_path / f"{i}.npy", 0, n))
     return tracks
 
@@ -1495,7 +1261,7 @@ def test_single_track_gives_its_last_tenth(tmp_path):
 
 
 def test_crops(tmp_path):
-    tracks = fake_tracks(tmp_path, [90, 11, 30])            # 11 frames: two blocks of 4, the first 3 frames dropped
+    tracks = fake_tracks(tmp_path, [90, 11, 30])    # 11 frames: two blocks of 4, the first 3 frames dropped
     latents, prompts, missing = data.crops_at(tracks, 5, 4, np.random.default_rng(1).random(2000))
     assert latents.shape == (2000, 3, 20) and latents.dtype == torch.float32 and missing.dtype == torch.long
     again = data.crops_at(tracks, 5, 4, np.random.default_rng(1).random(2000))
@@ -1510,7 +1276,7 @@ def test_crops(tmp_path):
         else:
             assert m == 0 and (x[:, 1:] - x[:, :-1] == 1).all() and x[0, 0] >= 100 * (i + 1)
     starts = latents[which == 0][:, 0, 0] - 100
-    assert set(starts.tolist()) == set(range(71))           # not aligned to blocks, first and last possible included
+    assert set(starts.tolist()) == set(range(71))    # not aligned to blocks, first and last possible included
 
 
 def test_fixed_crops(tmp_path):
@@ -1522,27 +1288,716 @@ def test_fixed_crops(tmp_path):
     assert ((starts[1:] - starts[:-1] - 71 / 6).abs() < 2).all()
 
 
-# ------------------------------------------------------------------------------------------------ public weights
-GOLDEN = HERE / "golden"
+# -------------------------------------------------------------------------------- sample.py
+@pytest.mark.parametrize("objective", ["rectified_flow", "v"])
+def test_dpmpp_follows_the_flow(objective):
+    """Of Gaussian music of spread s the exact flow scales noise by s: DPM-Solver++ comes closer than
+    Euler."""
+    s, x = 0.6, torch.ones(1, 1, 1, dtype=torch.float64)
+
+    def predict(x, t):
+        alpha, sigma = alpha_sigma(t, objective)
+        x0 = alpha * s * s / (alpha * alpha * s * s + sigma * sigma) * x
+        return velocity(x0, (x - alpha * x0) / sigma, t, objective)
+    error = {name: abs(sample.denoise_block(predict, x, schedule(16)[:-1].double(), name, objective,
+                                            None).item() - s) for name in ("euler", "dpmpp")}
+    assert error["dpmpp"] < 0.7 * error["euler"], error
+    rounded = sample.denoise_block(predict, x.float(), schedule(16)[:-1], "dpmpp", objective, None)  # cos(pi / 2) < 0
+    assert abs(rounded.item() - s) == pytest.approx(error["dpmpp"], abs=1e-4)
 
 
-def golden_io(case):
-    return {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / case / "io.npz").items()}
+def test_each_item_may_have_its_own_seed():
+    model = tiny()
+    together = latents_of(model, condition(model), 4, seed=[7, 8], sampler="pingpong")
+    for prompt, seed, made in zip(("slow piano", "fast"), (7, 8), together.split(1)):
+        assert (made - latents_of(model, condition(model, prompt), 4, seed=seed,
+                                  sampler="pingpong")).abs().max() < 1e-5
 
 
-def close(ours, truth, tolerance=1e-5):
-    assert ours.shape == truth.shape and (ours - truth).abs().max() < tolerance
+def test_cache_does_not_grow():
+    model = tiny()
+    context = sample.Context(model, model.dit.encode_prompt(condition(model)), torch.zeros(2, 8, 0))
+    sizes = []
+    for _ in range(8):
+        context.predict(torch.randn(2, 8, 6), torch.tensor(0.5))
+        context.append(torch.randn(2, 8, 6))
+        sizes.append((context.kv[0][0].shape[2], context.finished.shape[-1] // 6))
+    assert sizes[3:] == [(18, 1)] * 5
 
 
-def small(**overrides):
-    return load_stable_audio(GOLDEN / "sao_small_tiny", **{"block": 12, "context_blocks": 4, "causal": True, **overrides})
+@pytest.mark.parametrize("causal,depth", [(False, 2), (True, 1)])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_prompt_changes_from_a_block_on(causal, depth, cfg):
+    """Blocks before are those of the old prompt, blocks after those of a model that is told the new one:
+    where finished blocks do not remember their prompt (encoder-decoder; a single layer) that is the uncached
+    model, told the same."""
+    model = tiny(causal=causal, depth=depth)
+    old, new = condition(model, "slow piano"), condition(model, "fast")
+    def changing():
+        turns = iter([None, None, None, new, *[None] * 9])
+        return dict(blocks=7, seed=3, cfg=cfg, change=lambda: next(turns))
+    made, kept = latents_of(model, old, **changing()), latents_of(model, old, 7, seed=3, cfg=cfg)
+    uncached = latents_of(model, old, use_cache=False, **changing())
+    at = 3 * TINY.block
+    assert torch.equal(made[..., :at], kept[..., :at]) and (made - kept)[..., at:].abs().max() > 1e-3
+    assert (made - uncached).abs().max() < 1e-4
 
 
-def public_small():
-    """The golden Small as a dictionary of public tensors, to be spoiled and written again."""
-    return {k: read() for k, read in port.read_safetensors(GOLDEN / "sao_small_tiny" / "model.safetensors").items()}
+def test_last_lines_of_a_terminal():
+    """A terminal gives a line at a time and a pipe anything: all there is is read, and half a line waits for
+    its end."""
+    for ours, theirs in (pty.openpty()[::-1], os.pipe()):
+        with open(ours) as file:
+            lines = sample.last_lines(file)
+            for typed, want in (("one\ntwo\n", "two"), ("", None), ("fast arpeg", None),
+                                ("gios\n \n", "fast arpeggios"), ("caf\u00e9\n", "caf\u00e9")):
+                os.write(theirs, typed.encode())
+                assert (next(lines) if not os.isatty(ours) or typed[-1:] == "\n" or not typed
+                        else want) == want
+            os.close(theirs)
+            assert next(lines) is None and next(lines) is None  # the end of the file, a terminal that is gone
 
 
+def test_live_prompts(tiny_file, tmp_path, monkeypatch, call):
+    """--live: the last line typed is played from the next block on; one that cannot be is named and the music
+    goes on."""
+    def play(typed, *args):
+        read, write = os.pipe()
+        os.write(write, typed.encode())
+        os.close(write)
+        with open(read) as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.4, "--live", "--precision",
+                               "float32", "--out", "live.wav", *args)
+        return err if status else (err, soundfile.read(tmp_path / "live.wav", dtype="int16")[0])
+    err, live = play("loud\nfast piano\n\n")
+    model = sample.load(tiny_file)
+    turns = iter([condition(model, "fast piano")])
+    latents = latents_of(model, condition(model, "slow piano"), 100, change=lambda: next(turns, None))
+    assert "next: 'fast piano'" in err and np.abs(live.astype(int) - audio_io.pcm(model.autoencoder.decode(latents))[:17640]).max() <= 1
+    assert not np.array_equal(live, play("")[1])            # nothing typed: the checkpoint's own prompt
+    torch.save({"prompts": ["fast"], "embeddings": torch.randn(1, 6, 16)}, tmp_path / "prompts.pt")
+    err, there = play("slow\n", "--prompt-file", "prompts.pt")
+    assert "no embedding of 'slow'" in err and np.array_equal(there,
+                                                              play("", "--prompt-file", "prompts.pt")[1])
+    assert "--live needs" in play("fast", "--no-cache")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "closed" in call(sample.main, "--ckpt", tiny_file, "--live", "--out", "live.wav")[1]
+    assert sample.default_seconds(model, live=True) == math.inf and sample.default_seconds(model, live=False) == 30
+
+
+def test_words_never_learned_are_left_out(tiny_file, music, tmp_path, call):
+    """finetune.py writes down the words of its prompts, the stages after it hand them on, sample.py plays no
+    others."""
+    for script_, *args in ((finetune, "--init", tiny_file, "--data", music, "--steps", 1, "--batch", 2,
+                            "--sample-every", 0),
+                           (arc_forcing, "--d-warmup", 0, "--steps", 1, "--batch", 2, "--rollout", 1),
+                           (nano, "pack", "--ckpt", "out/arc.pt"),
+                           (finetune, "--init", "nano.pt", "--data", music, "--steps", 1, "--batch", 2,
+                            "--sample-every", 0)):
+        status, err = call(script_.main, *args)
+        assert status == 0, err
+    words = {name: sample.load(tmp_path / name).sampling["words"]
+             for name in ("out/arc.pt", "nano.pt", "out/finetune.pt")}
+    assert words["nano.pt"] == words["out/arc.pt"] == words["out/finetune.pt"] and "tone" in words["nano.pt"] and "dreamy" not in words["nano.pt"]
+    played = []
+    for prompt in "tone", "dreamy TONE, warm":
+        status, err = call(sample.main, "--ckpt", "nano.pt", "--seconds", 0.1, "--prompt", prompt, "--out",
+                           "a.wav")
+        played.append((tmp_path / "a.wav").read_bytes())
+        assert status == 0 and ("left out: dreamy, warm" in err) == (prompt != "tone")
+    assert played[0] == played[1]
+    status, err = call(sample.main, "--ckpt", "nano.pt", "--seconds", 0.1, "--prompt", "tone " * 8 + "dreamy",
+                       "--out", "a.wav")
+    assert status == 0 and "words beyond the 6 that it reads are left out: tone, tone\n" in err and f"'{'tone ' * 5}tone'" in err, err
+    # ARC-Forcing on other music learns its words, as many of a prompt as the model reads
+    for name in "ab":
+        save_wav(tmp_path / f"other/{name}.wav",
+                 0.8).with_suffix(".txt").write_text("xylophone that plays on and on, harmonica")
+    for out, *phases in (("warm.pt", "--g-warmup", 1, "--teacher-steps", 2, "--every", 1, "--steps", 1),
+                         ("game.pt", "--steps", 1)):
+        status, err = call(arc_forcing.main, "--init", "out/finetune.pt", "--data", "other", "--out", out,
+                           "--d-warmup", 0, "--batch", 2, "--rollout", 1, *phases)
+        known = sample.load(tmp_path / out).sampling["words"]
+        assert status == 0 and {*words["nano.pt"], "xylophone",
+                                "that"} <= {*known} and "harmonica" not in known, err
+
+
+def test_nothing_known_in_a_prompt(tiny_file, tmp_path, call):
+    model = sample.load(tiny_file)
+    model.sampling = dict(model.sampling, words=["piano", "slow"])
+    common.save(model, tmp_path / "knows.pt")
+    status, err = call(sample.main, "--ckpt", "knows.pt", "--prompt", "jazz", "--out", "a.wav")
+    assert status == 2 and "it knows piano, slow" in err and not (tmp_path / "a.wav").exists()
+
+
+def test_clip_is_not_made_before_its_output_is_open(tmp_path, call, monkeypatch):
+    """A whole clip can take minutes: what cannot be written is refused first. Without --seconds it is as long
+    as it can be, up to 30 s."""
+    model, made = tiny(clip=20), []
+    model.stage = "base"
+    common.save(model, tmp_path / "base.pt")
+    real = sample.clip
+    monkeypatch.setattr(sample, "clip", lambda *args, **kw: made.append(1) or real(*args, **kw))
+    status, err = call(sample.main, "--ckpt", "base.pt", "--steps", 1, "--out", "a.mp3")
+    assert status == 2 and "must end in .wav or .flac" in err and not made
+    assert call(sample.main, "--ckpt", "base.pt", "--steps", 1, "--out", "a.wav")[0] == 0 and made == [1]
+    assert soundfile.info(tmp_path / "a.wav").frames == 20 * TINY.hop
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_prime_too_old_to_be_heard_is_left_out(causal):
+    """As many blocks as reach the next one through all layers, not the whole recording."""
+    model, ran = tiny(causal=causal), []
+    c, plain, cond = model.config, model.dit.blocks, condition(model, "slow piano")
+    prime, draw = torch.randn(1, 8, (c.reach_blocks + 9) * c.block + 1), noises(0, (1, 8, c.block))
+    context = sample.Context(model, model.dit.encode_prompt(cond), prime[..., 1:])                 # all of it
+    want = sample.denoise_block(context.predict, draw(), schedule(2)[:-1], "euler", c.objective, draw)
+    model.dit.blocks = lambda *args, **kw: ran.append(args) or plain(*args, **kw)
+    got = latents_of(model, cond, 1, steps=2, sampler="euler", cfg=1, prime=prime)
+    assert (got - want).abs().max() < 1e-5 and len(ran) == (c.reach_blocks - 1 if causal else 0) + 2
+
+
+def test_command_line_wav(tiny_file, tmp_path, call):
+    """Exact length; a pipe gets a true header; the short file is the start of the long one, whose standard
+    error is closed; --out says the same."""
+    short = script("sample.py", "--ckpt", tiny_file, "--seconds", 0.2)
+    long = subprocess.run(f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'sample.py'))} --ckpt {shlex.quote(str(tiny_file))} --seconds 0.4 2>&-",
+                          shell=True, stdout=subprocess.PIPE)
+    assert long.returncode == 0 and len(long.stdout) == 44 + 4 * 17640
+    assert short.returncode == 0, short.stderr.decode()
+    audio, rate = soundfile.read(io.BytesIO(short.stdout), dtype="int16")
+    assert rate == 44100 and audio.shape == (8820, 2) and soundfile.info(io.BytesIO(short.stdout)).subtype == "PCM_16"
+    assert len(short.stdout) == 44 + 4 * 8820
+    assert short.stdout[44:] == long.stdout[44:len(short.stdout)]
+    for name in ("a.wav", "a.flac"):
+        assert call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2, "--out", name)[0] == 0
+        assert np.array_equal(soundfile.read(tmp_path / name, dtype="int16")[0], audio)
+
+
+def test_streamed_file_is_the_latents_decoded_at_once(tiny_file, tmp_path, call):
+    assert call(sample.main, "--ckpt", tiny_file, "--seconds", 0.4, "--seed", 5, "--precision", "float32",
+                "--out", "a.wav")[0] == 0
+    model = sample.load(tiny_file)
+    latents = latents_of(model, condition(model, "slow piano"), 100, seed=5)
+    whole = audio_io.pcm(model.autoencoder.decode(latents))[:17640]
+    assert np.abs(soundfile.read(tmp_path / "a.wav", dtype="int16")[0].astype(int) - whole).max() <= 1
+
+
+def test_priming_continues_the_recording(tiny_file, tmp_path, music, call):
+    """--prime: blocks made after the recording's own latents, decoded over the join."""
+    track = music / "tone 0.wav"
+    assert call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2, "--prime", track, "--precision",
+                "float32", "--out", "a.wav")[0] == 0
+    model = sample.load(tiny_file)
+    prime = audio_io.encode_file(model, track)[None]
+    latents = latents_of(model, condition(model, "slow piano"), 100, prime=prime)
+    whole = model.autoencoder.decode(torch.cat([prime, latents], dim=-1))[..., prime.shape[-1] * TINY.hop:]
+    assert np.abs(soundfile.read(tmp_path / "a.wav",
+                                 dtype="int16")[0].astype(int) - audio_io.pcm(whole)[:8820]).max() <= 1
+
+
+def test_closed_pipe_and_interrupt(tiny_file, tmp_path):
+    line = f"{shlex.quote(sys.executable)} {HERE}/sample.py --ckpt {tiny_file} --seconds inf | head -c 1000 | wc -c"
+    done = subprocess.run(line, shell=True, capture_output=True, timeout=60)
+    assert done.stdout.strip() == b"1000" and b"Traceback" not in done.stderr and b"rror" not in done.stderr
+    with open(tmp_path / "a.wav", "wb") as f:
+        f.write(b"before"), f.flush()    # the header, mended at the end, stands where the output began
+        player = subprocess.Popen([sys.executable, HERE / "sample.py", "--ckpt", tiny_file, "--seconds", "inf"], stdout=f, stderr=subprocess.PIPE,
+                                  preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell may ignore it
+        while os.path.getsize(tmp_path / "a.wav") < 50000:
+            time.sleep(0.05)
+        player.send_signal(signal.SIGINT)
+        try:
+            err = player.communicate(timeout=30)[1]
+        finally:
+            player.kill()
+    assert player.returncode == 130 and b"Traceback" not in err
+    made = (tmp_path / "a.wav").read_bytes()
+    assert made[:6] == b"before" and soundfile.info(io.BytesIO(made[6:])).frames == (len(made) - 50) // 4
+
+
+BAD = [(sample.main, ["--ckpt", "{tmp}/none.pt"], "no checkpoint at"),
+       (sample.main, ["--ckpt", "{tmp}/corrupt.pt"], "not a readable checkpoint"),
+       (sample.main, ["--ckpt", "{tmp}/other.pt"], "not a checkpoint of this project"),
+       (sample.main, ["--ckpt", "{tmp}/shape.pt"], "project_in.weight is"),
+       (sample.main, ["--ckpt", "{tmp}/missing.pt"], "context_in.weight missing"),
+       (sample.main, ["--ckpt", "{tiny}", "--seconds", "0"], "not positive"),
+       (sample.main, ["--ckpt", "{tiny}", "--seconds", "nan"], "not positive"),
+       (sample.main, ["--ckpt", "{tiny}", "--steps", "0"], "less than 1"),
+       (sample.main, ["--ckpt", "{tiny}", "--seed", str(2 ** 64)], "not between 0 and 2^64 - 1"),
+       (finetune.main, ["--init", "{tiny}", "--seed", "-1"], "not between 0 and 2^64 - 1"),
+       (sample.main, ["--ckpt", "{tiny}", "--sampler", "magic"], "invalid choice"),
+       (sample.main, ["--ckpt", "{tiny}", "--sec", "3"], "unrecognized"),
+       (sample.main, ["--ckpt", "{tiny}", "--out", "{tmp}/a.wav", "--prompt-file", "{tmp}/prompts.pt"],
+        "embeddings 7 wide"), (sample.main,
+                               ["--ckpt", "{tmp}/base.pt", "--out", "{tmp}/a.wav", "--seconds", "1",
+                                "--prime", "x.wav"], "--prime is for models that stream"),
+       (sample.main, ["--ckpt", "{tiny}", "--device", "meta", "--out", "{tmp}/a.wav"], "cpu or cuda"),
+       (sample.main, ["--ckpt", "{tiny}", "--out", "{tmp}/no/such/a.wav"], "cannot write"),
+       (sample.main, ["--ckpt", "{tiny}", "--out", "{tmp}/a.xyz"], "must end in .wav or .flac"),
+       (sample.main, ["--ckpt", "{tiny}", "--prime", "{tmp}/none.wav", "--out", "{tmp}/a.wav"],
+        "no such file"), (sample.main, ["--ckpt", "{tiny}", "--device", "warp", "--out", "{tmp}/a.wav"],
+                          "warp"), (sample.main,
+                                    ["--ckpt", "{tiny}", "--device", "hpu", "--out", "{tmp}/a.wav"], "hpu"),
+       (sample.main, ["--ckpt", "{tiny}", "--prime", "", "--out", "{tmp}/a.wav"], "no such file"),
+       (sample.main, ["--ckpt", "{tiny}", "--cfg", "nan", "--out", "{tmp}/a.wav"], "no finite number"),
+       (finetune.main, ["--init", "{tiny}"], "--data is missing"),
+       (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/nowhere"], "no such folder"),
+       (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/empty"], "no readable audio"),
+       (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text"], "no readable audio"),
+       (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--batch", "3", "--accumulate", "2"],
+        "does not divide"), (finetune.main, ["--resume", "--out", "{tiny}"], "no training to resume"),
+       (finetune.main, ["--resume", "--out", "{tmp}/arc.pt"], "no finetuning to resume"),
+       (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--block", "7"], "was begun with block"),
+       (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--preset", "sao_small"],
+        "was begun with preset nano"), (finetune.main,
+                                        ["--resume", "--out", "{tmp}/begun.pt", "--init", "{tiny}"],
+                                        "was begun with init none"),
+       (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text"], "is a folder"),
+       (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text/song.wav/ft.pt"],
+        "no folder that can be written in"), (arc_forcing.main,
+                                              ["--init", "{tiny}", "--data", "{tmp}/text", "--out",
+                                               "{tmp}/text"], "is a folder"),
+       (measure.main, ["--ckpt", "{tiny}", "--data", "{tmp}/text", "--picture", "{tmp}/text"], "is a folder"),
+       (measure.main, ["--ckpt", "{tiny}", "--data", "{tmp}/text", "--drift", "--picture", "{tmp}/a.png"],
+        "draws its own"), (nano.main,
+                           ["autoencoder", "--init", "{tiny}", "--data", "{tmp}/text", "--crop", "2047"],
+                           "a multiple of"), (nano.main,
+                                              ["autoencoder", "--init", "{tiny}", "--data", "{tmp}/text",
+                                               "--crop", "1024"], "above 2048"),
+       (nano.main, ["autoencoder", "--data", "{tmp}/short"], "fitted to tracks of 8 s or more"),
+       (nano.main, ["evaluate", "--ckpt", "{tiny}", "--data", "{tmp}/empty"], "no audio to evaluate on"),
+       (nano.main, ["pack", "--ckpt", "{tiny}", "--steps", "0"], "less than 1"),
+       (measure.main, ["--ckpt", "{tiny}", "--data", "{tmp}/text", "--drift", "--out",
+                       "{tmp}/text/song.wav/drift"], "no folder that can be written in")]
+
+
+@pytest.mark.parametrize("main, args, message", BAD, ids=lambda x: x if isinstance(x, str) else None)
+def test_bad_input(main, args, message, tiny_file, tmp_path, call):
+    """One line that names the thing, status 2, no traceback, nothing half-written."""
+    (tmp_path / "corrupt.pt").write_bytes(b"PK\x03\x04 not a zip")
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    torch.save({"prompts": ["a"], "embeddings": torch.zeros(1, 2, 7)}, tmp_path / "prompts.pt")
+    base = tiny()
+    base.stage = "base"
+    common.save(base, tmp_path / "base.pt")
+    common.save(tiny(), tmp_path / "arc.pt", args=dict(data="x"), optimizers={})
+    common.save(tiny(), tmp_path / "begun.pt", args=dict(data="x", init="none", preset="nano"), optimizer={})
+    saved = torch.load(tiny_file, weights_only=True)
+    weights = saved["weights"]
+    torch.save({**saved, "weights": {**weights, "dit.project_in.weight": torch.zeros(3, 3)}},
+               tmp_path / "shape.pt")
+    torch.save({**saved, "weights": {k: v for k, v in weights.items() if "context_in" not in k}},
+               tmp_path / "missing.pt")
+    for folder in ("empty", "text"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "text" / "song.wav").write_text("not audio")
+    for name in "ab":
+        save_wav(tmp_path / "short" / f"{name}.wav", 0.7)
+    before = sorted(tmp_path.rglob("*"))
+    status, err = call(main, *(a.format(tmp=tmp_path, tiny=tiny_file) for a in args))
+    lines = [line for line in err.splitlines() if "error" in line]
+    assert status == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in err, err
+    assert [p for p in sorted(tmp_path.rglob("*")) if p not in before and "out" not in p.parts] == []
+
+
+def test_terminal_is_refused(tiny_file):
+    import pty
+    master, slave = pty.openpty()
+    done = subprocess.run([sys.executable, HERE / "sample.py", "--ckpt", tiny_file, "--seconds", "1"],
+                          stdout=slave, stderr=subprocess.PIPE)
+    os.close(slave), os.close(master)
+    assert done.returncode == 2 and b"terminal" in done.stderr.splitlines()[-1]
+
+
+def test_output_that_ends(tiny_file, tmp_path, call, monkeypatch):
+    """A disk that fills, a standard output that is full from the start or closed: one line, status 2."""
+    resource = pytest.importorskip("resource")
+    play = f"{shlex.quote(sys.executable)} {shlex.quote(str(HERE / 'sample.py'))} --ckpt {shlex.quote(str(tiny_file))} --seconds 0.2"
+    done = subprocess.run(f"{play} > /dev/full", shell=True, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and b"cannot write to standard output" in done.stderr.splitlines()[-1], done.stderr
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2, "--out", "a.wav")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and "cannot go on writing a.wav" in err.splitlines()[-1], err
+    monkeypatch.setattr(sys, "stdout", None)
+    status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2)
+    assert status == 2 and "standard output is closed" in err.splitlines()[-1], err
+
+
+def test_one_recording_for_several_prompts():
+    for model, cache in ((tiny(causal=False), True), (tiny(), False), (tiny(), True)):
+        prime = torch.randn(1, model.config.latent_channels, 2 * model.config.block)
+        made = [latents_of(model, condition(model), 2, prime=p, use_cache=cache)
+                for p in (prime, prime.repeat(2, 1, 1))]
+        assert torch.equal(*made)
+    for wrong in (dict(sampler="ddim"), dict(steps=0)):
+        with pytest.raises(UserError, match="at least 1 of euler"):
+            latents_of(model, condition(model), 1, **wrong)
+
+
+# -------------------------------------------------------------------------------- finetune.py
+def test_context_dropout_shares():
+    rng, n = np.random.default_rng(0), 20000
+    gone = finetune.missing_context(rng, n, replace(TINY, causal=False, context_blocks=4))
+    share = np.bincount(gone, minlength=5) / n
+    assert np.allclose(share, [0.5, 0.075, 0.075, 0.075, 0.275], atol=0.01)
+    gone = finetune.missing_context(rng, n, replace(TINY, causal=True, context_blocks=4))
+    assert set(gone) == {0, 4} and abs((gone == 4).mean() - 0.5) < 0.01
+
+
+def test_batches_are_drawn_by_step(tmp_path):
+    """The same step draws the same, rows of it or all; another step other music, noise and levels; --shift
+    raises the levels."""
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).standard_normal((500, 8)).astype(np.float16))
+    tracks = [data.Track("a", "slow", tmp_path / "a.npy", 0, 500)]
+    draw = lambda rows=slice(0, 4), step=3, shift=0.0: finetune.draw_batch(tracks, TINY, 4, 2, rows, 0, step,
+                                                                           shift)
+    whole, again, part, other, shifted = draw(), draw(), draw(slice(2, 4)), draw(step=4), draw(shift=1.5)
+    for i in (0, 2, 3):                                     # latents, noise, levels
+        assert torch.equal(whole[i], again[i]) and torch.equal(whole[i][2:], part[i]) and not torch.equal(whole[i], other[i])
+    t = whole[3].double()
+    assert torch.allclose(shifted[3].double(), t / (t + math.exp(-1.5) * (1 - t)), atol=1e-5)
+
+
+def killed_after(step, log, name, *args, cwd):
+    """Start a script and kill -9 it once its log holds this step."""
+    broken = subprocess.Popen([sys.executable, HERE / name, *map(str, args)], cwd=cwd,
+                              stderr=subprocess.DEVNULL)
+    while broken.poll() is None and not (log.exists()
+                                         and any(int(row["step"]) >= step for row in rows_of(log))):
+        time.sleep(0.01)
+    broken.kill()
+    broken.wait()
+
+
+@pytest.mark.parametrize("causal", ["--causal", "--no-causal"])
+def test_kill_and_resume_equals_unbroken(causal, tiny_file, music, tmp_path, call):
+    """kill -9 somewhere after step 2, moved elsewhere, then --resume: the same losses to the last digit, the
+    same weights."""
+    args = ["--init", tiny_file, "--data", music, causal, *TRAIN]
+    assert (done := call(finetune.main, *args, "--out", "a/ft.pt"))[0] == 0, done
+    killed_after(2, tmp_path / "b" / "finetune.csv", "finetune.py", *args, "--out", "b/finetune.pt",
+                 cwd=tmp_path)
+    for name in "finetune.pt", "finetune.csv":
+        (tmp_path / "b" / name).rename(tmp_path / "out" / name)
+    log = tmp_path / "out" / "finetune.csv"
+    assert call(finetune.main, "--resume")[0] == 0
+    assert rows_of(log) == rows_of(tmp_path / "a" / "ft.csv") and len(rows_of(log)) == 5
+    a, b = (torch.load(tmp_path / name, weights_only=True) for name in ("a/ft.pt", "out/finetune.pt"))
+    assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
+    start = torch.load(tiny_file, weights_only=True)["weights"]
+    moved = [k for k in start if not torch.equal(start[k], a["weights"][k])]
+    assert moved and not any(k.startswith("autoencoder") for k in moved) and "dit.context_in.weight" in moved
+
+
+def test_accumulation_checkpointing_and_processes_change_nothing(tiny_file, music, tmp_path, call):
+    """One step: plain; in two accumulations; with activation checkpointing; on two processes. A gradient too
+    small to be clipped shows in Adam's first moment by its size."""
+    args = ["--init", tiny_file, "--data", music, *TRAIN, "--steps", 1, "--clip", 1e9]
+    for name, more in (("a", []), ("b", ["--accumulate", 2]), ("c", ["--remat"])):
+        assert call(finetune.main, *args, "--out", f"{name}.pt", *more)[0] == 0
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29631",
+           HERE / "finetune.py", *args, "--out", "d.pt"]
+    done = subprocess.run(list(map(str, run)), cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    a, *others = (rows_of(tmp_path / f"{name}.csv")[-1] for name in "abcd")
+    start = rows_of(tmp_path / "a.csv")[0]
+    assert a["validation"] != start["validation"]
+    for other in others:    # the loss before the update, and the validation after it
+        assert float(other["validation"]) == pytest.approx(float(a["validation"]), abs=1e-5)
+        assert float(other["loss"]) == pytest.approx(float(a["loss"]), abs=1e-5)
+    plain, *moments = ([s["exp_avg"] for s in torch.load(tmp_path / f"{name}.pt",
+                                                         weights_only=True)["optimizer"]["state"].values()]
+                       for name in "abcd")
+    assert max(m.abs().max() for m in plain) > 1e-3
+    for other in moments:
+        assert max((m - n).abs().max() for m, n in zip(plain, other)) < 1e-6
+
+
+# -------------------------------------------------------------------------------- arc_forcing.py
+@pytest.mark.parametrize("causal", [True, False])
+def test_replay_in_bf16(causal):
+    """Autocast keeps rounded weights between passes. Ones without a graph, from filling the cache, must not
+    reach the pass with it."""
+    model, made = tiny(causal=causal), []
+    trained = [*model.dit.parameters(), *model.conditioner.parameters()]
+    prime, gradient = torch.randn(2, 8, 18), torch.randn(2, 8, 30)
+    model.requires_grad_()
+    for precision_ in contextlib.nullcontext, lambda: torch.autocast("cpu", torch.bfloat16):
+        model.zero_grad()
+        with precision_():
+            memory = model.dit.encode_prompt(condition(model))
+        if not made:                                        # the same for both
+            latents, last = arc_forcing.rollout(model, memory, prime, LEVELS, [1, 3, 2, 1, 3], noises(4))
+        arc_forcing.replay(model, memory, prime, latents, last, gradient, precision_)
+        made.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained])
+    for a, b in zip(*made):
+        assert (a - b).norm() < 0.05 * a.norm() + 1e-3 * max(x.norm() for x in made[0])
+
+
+def test_discriminator_scores_the_rollout_only():
+    """Scores are of frames from `first` on, hear the whole sequence, and only the layers below the head are
+    trained."""
+    torch.manual_seed(0)
+    critic = arc_forcing.start_discriminator(tiny(depth=8), None)
+    assert critic.layer == 5 and critic.config.depth == 8
+    cond, t = condition(critic), torch.full((2,), 0.3)
+    for context, frames, scores in ((18, 30, 4), (20, 32, 3), (23, 24, 1)):
+        x = torch.randn(2, 8, frames, requires_grad=True)
+        y = critic(x, t, cond, context)
+        assert y.shape == (2, scores) == critic.weights(torch.ones(2, frames), context).shape
+        gradient, = torch.autograd.grad(y.sum(), x)
+        assert gradient[..., :context].abs().max() > 0 and gradient[...,
+                                                                    context:].abs().amin((0, 1)).min() > 0
+    music = torch.ones(2, 30)
+    music[1, 24:] = music[1, :18] = 0    # scores are around frames 16 (counts as 18), 20, 24, 28
+    assert critic.weights(music, 18)[1].tolist() == [0.5, 0.5, 0, 0] and critic.weights(music, 18)[0].tolist() == [0.25] * 4
+    for phase, loss in (("D", lambda: critic(x, t, condition(critic), 18).sum()),
+                        ("warm D", lambda: arc_forcing.flow_loss(critic, condition(critic), x.detach(),
+                                                                 torch.randn_like(x), t,
+                                                                 torch.ones(2, 24)).sum())):
+        critic.zero_grad()
+        loss().backward()
+        moved = {id(p) for p in critic.parameters() if p.grad is not None}
+        assert moved == {id(p) for p in critic.trained(phase)}
+
+
+def drawn(music, rows=slice(0, 6), step=0, phase="D", blocks=2, **kw):
+    model = tiny(**kw)
+    tracks = data.prepare(music, model, Path(music) / ".latents", quiet=True).train
+    return arc_forcing.draw_batch(tracks, model.config, 6, blocks, 8, rows, 0, phase, step)
+
+
+def test_draws(music, tmp_path):
+    """k covers 1..K inclusive, the same for every row; rows are cut from one batch; prompts of others, own
+    ones untouched."""
+    whole, parts = drawn(music), [drawn(music, slice(i, i + 2)) for i in (0, 2, 4)]
+    for name in ("latents", "music", "noise", "uniform"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(p, name) for p in parts]))
+    assert torch.equal(whole.draw(), torch.cat([p.draw() for p in parts])) and all(p.ks == whole.ks for p in parts)
+    assert whole.others == [whole.prompts[-1], *whole.prompts[:-1]] and whole.others is not whole.prompts
+    assert [q for p in parts for q in p.prompts] == whole.prompts and len(set(whole.prompts)) > 1
+    again = drawn(music, step=1), drawn(music, phase="G")
+    assert all(not torch.equal(whole.noise, other.noise) for other in again)
+
+    tracks = [data.Track("a", "slow", tmp_path / "a.npy", 0, 60)]
+    np.save(tmp_path / "a.npy", np.ones((60, 8), np.float16))
+    ks = [k for step in range(500) for k in arc_forcing.draw_batch(tracks, TINY, 1, 2, 8, slice(0, 1), 0, "G",
+                                                                   step).ks]
+    count = np.bincount(ks, minlength=9)
+    assert len(ks) == 1000 and count[0] == 0 and len(count) == 9 and count[1:].min() > 85
+
+
+@pytest.mark.parametrize("frames", [13, 30])
+def test_short_tracks_begin_like_a_stream(frames, tmp_path):
+    """Fewer frames than context and rollout: [nothing | music | nothing], and only the music is marked as
+    such."""
+    np.save(tmp_path / "a.npy", np.ones((frames, 8), np.float16))
+    tracks = [data.Track("a", "slow", tmp_path / "a.npy", 0, frames)]
+    b = arc_forcing.draw_batch(tracks, TINY, 16, 3, 8, slice(0, 16), 0, "D", 0)
+    assert torch.equal(b.latents[:, 0], b.music)
+    blocks = {tuple(row) for row in b.music[:, ::6].int().tolist()}
+    assert blocks == ({(0, 0, 0, 1, 1, 0)} if frames == 13 else {(0, 0, 0, 1, 1, 1), (0, 1, 1, 1, 1, 1)})
+
+
+def test_phases_and_verdict():
+    args = SimpleNamespace(d_warmup=2, g_warmup=1, steps=5)
+    done, order = dict.fromkeys(arc_forcing.PHASES, 0), []
+    while phase := arc_forcing.next_phase(done, args):
+        order.append(phase)
+        done[phase] += 1
+    assert order == ["warm D", "warm D", "warm G", "D", "G", "D", "G", "D"]
+    assert arc_forcing.verdict([(0.5, 1.0)] * 9) is None
+    assert "D wins" in arc_forcing.verdict([(4.5, 1.0)] * 9) and "G wins" in arc_forcing.verdict([(-5.0, 1.0)] * 9)
+    for spread in (0.4, 2.1, math.nan):
+        assert "standard deviation" in arc_forcing.verdict([(0.5, spread)] * 9)
+
+
+def test_trajectory_is_the_teacher_s_stream():
+    model = tiny()
+    cond, prime = condition(model), torch.randn(2, 8, 18)
+    points, end = arc_forcing.trajectory(model, cond, prime, schedule(5)[:-1], 3.0, noises(2))
+    assert torch.equal(end, latents_of(model, cond, 1, steps=5, sampler="euler", cfg=3.0, seed=2,
+                                       prime=prime))
+    assert [t.item() for _, t in points] == schedule(5)[:-1].tolist() and points[0][0].shape == (2, 8, 6)
+
+
+def test_pick_up():
+    """An item's own stream, with the prompt it began with; music's context where there is none or a new one
+    is to begin."""
+    kept, prime = {0: (torch.full((8, 4), 7.0), "seven"),
+                   3: (torch.full((8, 4), 9.0), "nine")}, torch.randn(3, 8, 4)
+    contexts, prompts = arc_forcing.pick_up(kept, range(1, 4), prime, ["a", "b", "c"],
+                                            [True, False, False, False])
+    assert prompts == ["a", "b", "nine"] and torch.equal(contexts[:2], prime[:2]) and (contexts[2] == 9).all()
+    contexts, prompts = arc_forcing.pick_up(kept, range(3), prime, ["a", "b", "c"], [False] * 3)
+    assert prompts == ["seven", "b", "c"] and (contexts[0] == 7).all() and torch.equal(contexts[1:], prime[1:])
+    assert arc_forcing.pick_up(kept, range(3), prime, ["a", "b", "c"], [True] * 3)[1] == ["a", "b", "c"]
+
+
+def test_on_policy_warmup_plays_its_own_streams(finetuned, call):
+    """After one step each item has gone on from its music by two blocks, as the model of before the step
+    plays them. The loss is that of velocities, against those that lead straight to where the teacher gets
+    from there."""
+    args = [*ARC, "--d-warmup", 0, "--g-warmup", 1, "--on-policy", 1, "--steps", 1, "--out", "o.pt"]
+    assert (done := call(arc_forcing.main, *args, cwd=finetuned))[0] == 0, done
+    model, streams = sample.load(finetuned / "out" / "finetune.pt"), torch.load(finetuned / "o.pt", weights_only=True)["streams"]
+    folder = torch.load(finetuned / "o.pt", weights_only=True)["args"]["data"]
+    tracks, c = data.prepare(folder, model, finetuned / "out" / "latents", quiet=True).train, model.config
+    b = arc_forcing.draw_batch(tracks, c, 4, 2, 3, slice(0, 4), 0, "warm G", 0)
+    cond = finetune.condition(model, finetune.encode_texts(model, tracks), b.prompts, "cpu")
+    context, played = sample.Context(model, model.dit.encode_prompt(cond),
+                                     b.latents[..., :c.context]), [b.latents[..., :c.context]]
+    with torch.no_grad():
+        for _ in range(2):
+            played.append(sample.denoise_block(context.predict, b.draw(), schedule(3)[:-1], "dpmpp",
+                                               c.objective, None))
+            context.append(played[-1])
+        expected = torch.cat(played, dim=-1)[..., -c.context:]
+        assert [streams[i][1] for i in range(4)] == b.prompts
+        assert (torch.stack([streams[i][0] for i in range(4)]) - expected).abs().max() < 1e-6
+        points, end = arc_forcing.trajectory(model, cond, expected, schedule(4)[:-1], 3.0, b.draw)
+        b.rng.random(4)                                     # which items are to begin anew
+        context = sample.Context(model, model.dit.encode_prompt(cond), expected)
+        errors = [(context.predict(x, t) - (x - end) / t).square().mean() for x,
+                  t in (points[i] for i in b.rng.permutation(4)[:3])]
+    assert float(rows_of(finetuned / "o.csv")[0]["loss"]) == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+ARC = ["--rollout", 2, "--most", 3, "--batch", 4, "--d-warmup", 2, "--g-warmup", 3, "--on-policy", 2,
+       "--teacher-steps", 4, "--teacher-cfg", 3, "--steps", 4, "--every", 1, "--sample-every", 0,
+       "--precision", "float32", "--lr", "1e-4", "--d-lr", "1e-3", "--threads", 1]
+
+
+@pytest.fixture(scope="module")
+def finetuned(tiny_file, music, tmp_path_factory):
+    """A folder with out/finetune.pt, as finetune.py leaves it (it tells the data; the model is
+    encoder-decoder)."""
+    folder, model = tmp_path_factory.mktemp("finetuned"), tiny(causal=False)
+    common.save(model, folder / "out" / "finetune.pt", args=dict(data=str(music), init=str(tiny_file)))
+    return folder
+
+
+def test_arc_kill_and_resume_equals_unbroken(finetuned, call):
+    """Through all phases; kill -9 between the steps on G's own streams or later, then --resume: the same log,
+    weights, optimizers."""
+    assert (done := call(arc_forcing.main, *ARC, "--out", "a/arc.pt", cwd=finetuned))[0] == 0, done
+    log = finetuned / "b" / "arc.csv"
+    killed_after(4, log, "arc_forcing.py", *ARC, "--out", "b/arc.pt", cwd=finetuned)
+    assert torch.load(finetuned / "b" / "arc.pt", weights_only=True)["step"] < 9
+    assert (done := call(arc_forcing.main, "--resume", "--out", "b/arc.pt", cwd=finetuned))[0] == 0, done
+    rows = rows_of(log)
+    assert rows == rows_of(finetuned / "a" / "arc.csv") and [row["phase"] for row in rows] == ["warm D"] * 2 + ["warm G"] * 3 + ["D", "G"] * 2
+    a, b = (torch.load(finetuned / side / "arc.pt", weights_only=True) for side in "ab")
+    def same(x, y):
+        if torch.is_tensor(x):
+            return torch.equal(x, y)
+        if isinstance(x, dict):
+            return x.keys() == y.keys() and all(same(x[k], y[k]) for k in x)
+        if isinstance(x, tuple):
+            return all(map(same, x, y))
+        return x == y
+    for key in ("weights", "discriminator", "optimizers", "streams", "done", "stage", "sampling", "step",
+                "config"):
+        assert same(a[key], b[key]), key
+    assert a["stage"] == "arc" and a["sampling"]["steps"] == 3 and not a["config"]["causal"]
+    assert a["optimizers"]["G"]["state"] and a["optimizers"]["D"]["state"] and not a["optimizers"]["warm D"]["state"]
+    rate = {phase: optimizer["param_groups"][0]["lr"] for phase, optimizer in a["optimizers"].items()}
+    # warm-ups fall
+    assert rate == {"warm D": pytest.approx(5e-5 / 2), "warm G": pytest.approx(5e-5 / 3), "D": 1e-3,
+                    "G": 1e-4}
+    start = torch.load(finetuned / "out" / "finetune.pt", weights_only=True)["weights"]
+    moved = {k for k in start if not torch.equal(start[k], a["weights"][k])}
+    assert moved and not any(k.startswith("autoencoder") or k == "dit.context_in.weight" for k in moved)
+    assert sample.sampling_settings(sample.load(finetuned / "a" / "arc.pt")) == dict(sampler="pingpong", steps=3, cfg=1.0)
+    # from the game back to a longer warm-up of D, with other steps a block
+    assert (done := call(arc_forcing.main, "--resume", "--out", "b/arc.pt", "--d-warmup", 3, "--most", 2,
+                         cwd=finetuned))[0] == 0, done
+    common.save(tiny(), finetuned / "b" / "causal.pt")
+    status, err = call(arc_forcing.main, "--resume", "--out", "b/arc.pt", "--g-warmup", 9, "--init",
+                       "b/causal.pt", cwd=finetuned)
+    assert status == 2 and "b/causal.pt has other sizes, blocks or another regime" in err
+    assert rows_of(log)[9]["phase"] == "warm D" and len(rows_of(log)) == 10
+    assert sample.load(finetuned / "b" / "arc.pt").sampling["steps"] == 2
+
+
+def test_arc_accumulation_and_processes_change_nothing(finetuned, tiny_file, call):
+    """Two steps on G's own streams, one of D, one of G: plain; in two accumulations; on two processes: the
+    same losses, streams and first updates."""
+    args = ["--init", tiny_file, "--data", torch.load(finetuned / "out" / "finetune.pt",
+                                                      weights_only=True)["args"]["data"], *ARC, "--d-warmup",
+            0, "--g-warmup", 2, "--on-policy", 2, "--steps", 2, "--lr", "1e-6", "--d-lr", "1e-6",
+            "--warmup-lr", "1e-6"]
+    for name, more in (("p", []), ("q", ["--accumulate", 2])):
+        assert (done := call(arc_forcing.main, *args, "--out", f"{name}.pt", *more,
+                             cwd=finetuned))[0] == 0, done
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29632",
+           HERE / "arc_forcing.py", *args, "--out", "r.pt"]
+    done = subprocess.run(list(map(str, run)), cwd=finetuned, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    plain, *others = (torch.load(finetuned / f"{name}.pt", weights_only=True) for name in "pqr")
+    rows = [rows_of(finetuned / f"{name}.csv") for name in "pqr"]
+    assert [row["phase"] for row in rows[0]] == ["warm G", "warm G", "D", "G"]
+    for other, logged in zip(others, rows[1:]):
+        assert plain["streams"].keys() == other["streams"].keys() == {0, 1, 2, 3}
+        for (one, prompt), (two, prompt2) in zip(plain["streams"].values(),
+                                                 (other["streams"][i] for i in plain["streams"])):
+            assert prompt == prompt2 and (one - two).abs().max() < 1e-5
+        for player in "DG":    # after one step of Adam: a tenth of the clipped mean gradient
+            one, two = (x["optimizers"][player]["state"] for x in (plain, other))
+            assert one.keys() == two.keys() and all(s["step"] == 1 for s in two.values())
+            assert max(s["exp_avg"].abs().max() for s in one.values()) > 1e-3
+            assert max((one[i]["exp_avg"] - two[i]["exp_avg"]).abs().max() for i in one) < 1e-5
+        for row, row2 in zip(rows[0], logged):
+            assert {k: float(v) for k, v in row2.items() if v and k != "phase"} == pytest.approx(
+                {k: float(v) for k, v in row.items() if v and k != "phase"}, abs=1e-5)
+
+
+ARC_BAD = [([], "run finetune.py first"), (["--init", "{tiny}"], "--data is missing"),
+           (["--init", "{tmp}/base.pt"], "has not learned to stream"),
+           (["--init", "{tiny}", "--data", "{tmp}/nowhere"], "no such folder"),
+           (["--init", "{tiny}", "--data", "{tmp}", "--batch", "3", "--accumulate", "2"], "does not divide"),
+           (["--init", "{tiny}", "--data", "{tmp}", "--base", "{tmp}/none.pt"], "no checkpoint at"),
+           (["--init", "{tiny}", "--data", "{tmp}", "--base", "{tmp}/base.pt"], "different autoencoders"),
+           (["--init", "{tiny}", "--data", "{tmp}", "--rollout", "0"], "less than 1"),
+           (["--init", "{tiny}", "--data", "{tmp}", "--g-warmup", "1", "--out", "{tiny}"],
+            "would overwrite the warm-up's teacher"),
+           (["--resume", "--out", "{tmp}/finetune.pt"], "no ARC-Forcing to resume"),
+           (["--resume", "--out", "{tiny}"], "no training to resume")]
+
+
+@pytest.mark.parametrize("args, message", ARC_BAD, ids=lambda x: x if isinstance(x, str) else None)
+def test_arc_bad_input(args, message, tiny_file, tmp_path, call):
+    base = tiny(seed=1)
+    base.stage = "base"
+    common.save(base, tmp_path / "base.pt")
+    common.save(tiny(), tmp_path / "finetune.pt", args=dict(data="x", init="none"))
+    common.save(tiny(), tmp_path / "begun.pt", args=dict(data="x", base="none"), discriminator={})
+    status, err = call(arc_forcing.main, *(a.format(tmp=tmp_path, tiny=tiny_file) for a in args))
+    lines = [line for line in err.splitlines() if "error" in line]
+    assert status == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in err, err
+    assert {p.name for p in tmp_path.iterdir()} <= {"base.pt", "begun.pt", "finetune.pt"}
+
+
+def test_the_base_is_the_public_model_that_finetuning_began_with(tiny_file, music, tmp_path):
+    """--base: what --init was finetuned from, if that was a public model; else --init itself."""
+    base = tiny(seed=1)
+    base.stage = "base"
+    common.save(base, tmp_path / "base.pt")
+    for init, expected in ((tmp_path / "base.pt", str(tmp_path / "base.pt")), (tiny_file, "none"),
+                           ("none", "none"), ("gone.pt", "none")):
+        common.save(tiny(), tmp_path / "ft.pt", args=dict(data="music", init=str(init)))
+        args = arc_forcing.parser().parse_args(["--init", str(tmp_path / "ft.pt")])
+        arc_forcing.fill_in(args)
+        assert (args.data, args.base) == ("music", expected)
+
+
+# -------------------------------------------------------------------------------- stable_audio_port.py
 def write_public(folder, weights, name="model.ckpt"):
     """A folder in the public layout: the golden Small's config and these weights."""
     folder.mkdir(exist_ok=True)
@@ -1554,57 +2009,23 @@ def write_public(folder, weights, name="model.ckpt"):
                              data_offsets=[at, at + w.nbytes])
             at += w.nbytes
         head = json.dumps(header).encode()
-        (folder / name).write_bytes(len(head).to_bytes(8, "little") + head + b"".join(w.numpy().tobytes() for w in weights.values()))
+        (folder / name).write_bytes(len(head).to_bytes(8, "little") + head
+                                    + b"".join(w.numpy().tobytes() for w in weights.values()))
     else:
         torch.save({"state_dict": weights}, folder / name)
     return folder
 
 
-@torch.no_grad()
-def check_networks(model, z, numbers):
-    """Autoencoder both ways, conditioning, v, and guidance at scale 4."""
-    mean, std = model.autoencoder.posterior(z["audio"])
-    close(mean, z["latent_mean"])
-    close(std, z["latent_std"])
-    close(model.autoencoder.decode(z["latents"]), z["decoded"])
-    cond = model.conditioner(z["prompt_embedding"], **numbers)
-    close(cond.tokens, z["cond_tokens"])
-    close(cond.global_, z["cond_global"])
-    both = Cond(*(torch.cat(pair) for pair in zip(cond, cond.null())))
-    v = model.dit(z["x"].repeat(2, 1, 1), z["t"].repeat(2), both)
-    close(v[:2], z["v"])
-    close(sample.guided(v, 4), z["v_cfg4"])
-    return cond
-
-
-@torch.no_grad()
-def test_port_matches_the_public_small(capsys):
-    z, model = golden_io("sao_small_tiny"), small()
-    assert "matched 430 of 430" in capsys.readouterr().err
-    cond = check_networks(model, z, {"seconds_total": z["numbers"]})
-    close(model.conditioner.numbers["seconds_total"](z["number.seconds_total.values"]), z["number.seconds_total.embedding"])
-    close(model.dit.hidden(z["x"], z["t"], cond, 0), z["hidden0"])
-    for causal, context, v in ((False, "lmdm.context", "lmdm.v_encdec"), (True, "lmdm.context", "lmdm.v_block_causal"),
-                               (True, "lmdm.long_context", "lmdm.v_block_causal_long")):
-        model = small(causal=causal)
-        model.dit.context_in.weight.copy_(z["lmdm.to_input_add_embed.weight"])
-        close(model.dit(z["lmdm.x"], z["lmdm.t"], cond, context=z[context]), z[v])
-
-
-def test_port_matches_diffusers_1_0():
-    z, model = golden_io("diffusers_1_0_tiny"), load_stable_audio(GOLDEN / "diffusers_1_0_tiny")
-    assert model.config.objective == "v" and not model.config.qk_norm and model.config.token_width < model.config.width
-    check_networks(model, z, {name: z[name] for name in ("seconds_start", "seconds_total")})
-
-
 def test_port_config():
     c = small().config
     assert (c.clip, c.text_model, c.text_tokens, c.text_width, c.cond_width) == (256, "t5-base", 64, 768, 48)
-    assert (c.numbers, c.cross_ids, c.global_ids) == ((("seconds_total", 0, 256),), ("prompt", "seconds_total"), ("seconds_total",))
+    assert (c.numbers, c.cross_ids, c.global_ids) == ((("seconds_total", 0, 256),),
+                                                      ("prompt", "seconds_total"), ("seconds_total",))
     model = small(causal=False, block=10, context_blocks=23, text_model="elsewhere")
     assert (model.config.causal, model.config.window, model.config.text_model) == (False, 240, "elsewhere")
     assert model.stage == "base" and not model.training
-    assert sample.sampling_settings(model) == dict(sampler="euler", steps=50, cfg=7.0)      # not a few-step "rf_denoiser"
+    # not a few-step "rf_denoiser"
+    assert sample.sampling_settings(model) == dict(sampler="euler", steps=50, cfg=7.0)
     assert {p.dtype for p in model.parameters()} == {torch.float32} and all(p.device.type == "cpu" for p in model.parameters())
 
 
@@ -1620,8 +2041,8 @@ def test_port_only_new_weight_is_context_in(capsys):
     torch.manual_seed(1)
     second = small().state_dict()
     assert "new: dit.context_in.weight, nothing else" in capsys.readouterr().err
-    assert all(torch.equal(first[k], second[k]) for k in first)         # the same file twice: the same model twice
-    dit = small().dit                                                   # initialised from the noisy path, so after loading
+    assert all(torch.equal(first[k], second[k]) for k in first)    # the same file twice: the same model twice
+    dit = small().dit    # initialised from the noisy path, so after loading
     close(dit.context_in.weight[:, 1:], dit.project_in.weight @ (dit.conv_in.weight[..., 0] + torch.eye(16)))
 
 
@@ -1633,20 +2054,27 @@ def test_port_reads_the_original_codes_checkpoints(tmp_path):
         qkv, stem = weights.pop(key), key.removesuffix("to_qkv.weight")
         weights |= {stem + "to_q.weight": qkv[:128].clone(), stem + "to_kv.weight": qkv[128:].clone()}
     weights["model.model.to_input_add_embed.weight"] = new
-    average = {f"diffusion_ema.ema_model.{k.removeprefix('model.')}": w for k, w in weights.items() if k.startswith("model.")}
-    wrapped = {f"diffusion.{k}": w if "model.model." not in k else torch.zeros_like(w) for k, w in weights.items()}
-    for name, tensors in (("split", weights), ("wrapped", wrapped | average | {"diffusion_ema.step": torch.tensor(7)})):
+    average = {f"diffusion_ema.ema_model.{k.removeprefix('model.')}": w for k,
+               w in weights.items() if k.startswith("model.")}
+    wrapped = {f"diffusion.{k}": w if "model.model." not in k else torch.zeros_like(w) for k,
+               w in weights.items()}
+    for name, tensors in (("split", weights), ("wrapped",
+                                               wrapped | average | {"diffusion_ema.step": torch.tensor(7)})):
         model = load_stable_audio(write_public(tmp_path / name, tensors), block=12, causal=False)
         assert model.stage == "finetune" and not model.config.causal
         for k, w in model.state_dict().items():
             assert torch.equal(w, truth[k]), k
-    config = tmp_path / "split" / "model_config.json"       # the objective's public name tells what it was trained for
+    # the objective's public name tells what it was trained for
+    config = tmp_path / "split" / "model_config.json"
     config.write_text(config.read_text().replace('"rectified_flow"', '"rf_denoiser"'))
     assert load_stable_audio(tmp_path / "split").stage == "arc"
     public = json.loads(config.read_text())                 # ... and its "training" part for which stream
     masks = {"fixed_mask_size": 192, "context_router_attention_pattern": "enc-dec"}
-    for more, expected in (({}, (False, 64, 3)), ({"context_router_attention_pattern": "block-causal", "block_causal_chunk_size": 48}, (True, 48, 4))):
-        config.write_text(json.dumps({**public, "training": {"inpainting": {"mask_kwargs": {**masks, **more}}}}))
+    for more, expected in (({}, (False, 64, 3)),
+                           ({"context_router_attention_pattern": "block-causal",
+                             "block_causal_chunk_size": 48}, (True, 48, 4))):
+        config.write_text(json.dumps({**public,
+                                      "training": {"inpainting": {"mask_kwargs": {**masks, **more}}}}))
         c = load_stable_audio(tmp_path / "split").config
         assert (c.causal, c.block, c.context_blocks) == expected
         assert load_stable_audio(tmp_path / "split", block=12).config.block == 12
@@ -1680,11 +2108,15 @@ def spoil(weights, kind):
     return weights
 
 
-@pytest.mark.parametrize("kind, named", [
-    ("renamed", ["missing", "layers.1.self_attn.to_qkv.weight", "not understood", "qkv_proj"]),
-    ("missing", ["1 missing", "layers.1.self_attn.to_qkv.weight"]), ("extra", ["1 not understood", "model.model.surprise.weight"]),
-    ("both", ["not understood", "layers.1.self_attn.to_q.weight"]), ("shape", ["to_qkv.weight", "(384, 127)", "(384, 128)"]),
-    ("gain", ["decoder.layers.0.weight_g", "(1, 1, 1)"]), ("beta", ["ff_norm.beta", "zeros"])])
+@pytest.mark.parametrize("kind, named",
+                         [("renamed", ["missing", "layers.1.self_attn.to_qkv.weight", "not understood",
+                                       "qkv_proj"]),
+                          ("missing", ["1 missing", "layers.1.self_attn.to_qkv.weight"]),
+                          ("extra", ["1 not understood", "model.model.surprise.weight"]),
+                          ("both", ["not understood", "layers.1.self_attn.to_q.weight"]),
+                          ("shape", ["to_qkv.weight", "(384, 127)", "(384, 128)"]),
+                          ("gain", ["decoder.layers.0.weight_g", "(1, 1, 1)"]),
+                          ("beta", ["ff_norm.beta", "zeros"])])
 def test_port_refuses_spoiled_weights(tmp_path, kind, named):
     with pytest.raises(UserError) as error:
         load_stable_audio(write_public(tmp_path, spoil(public_small(), kind), "model.safetensors"))
@@ -1720,13 +2152,18 @@ def test_port_refuses_damaged_files(tmp_path):
     refused(tmp_path / "nowhere", "nowhere")
 
 
-@pytest.mark.parametrize("option, value", [
-    ("model.diffusion.config.global_cond_type", "adaLN"), ("model.diffusion.config.num_memory_tokens", 64),
-    ("model.diffusion.config.attn_kwargs.qk_norm", "l2"), ("model.diffusion.config.rotary_pos_emb", False),
-    ("model.diffusion.config.input_add_dims", [["accompaniment", 16], ["mark", 1]]), ("model.diffusion.input_concat_ids", ["mask"]),
-    ("model.pretransform.scale", 2.0), ("model.pretransform.config.bottleneck.type", "fsq"),
-    ("model.pretransform.config.decoder.config.final_tanh", None), ("model.diffusion.diffusion_objective", "epsilon"),
-    ("model_type", "diffusion_cond_inpaint"), ("sample_rate", None)])
+@pytest.mark.parametrize("option, value", [("model.diffusion.config.global_cond_type", "adaLN"),
+                                           ("model.diffusion.config.num_memory_tokens", 64),
+                                           ("model.diffusion.config.attn_kwargs.qk_norm", "l2"),
+                                           ("model.diffusion.config.rotary_pos_emb", False),
+                                           ("model.diffusion.config.input_add_dims",
+                                            [["accompaniment", 16], ["mark", 1]]),
+                                           ("model.diffusion.input_concat_ids", ["mask"]),
+                                           ("model.pretransform.scale", 2.0),
+                                           ("model.pretransform.config.bottleneck.type", "fsq"),
+                                           ("model.pretransform.config.decoder.config.final_tanh", None),
+                                           ("model.diffusion.diffusion_objective", "epsilon"),
+                                           ("model_type", "diffusion_cond_inpaint"), ("sample_rate", None)])
 def test_port_refuses_options_it_does_not_implement(tmp_path, option, value):
     """None: the option is left out, and the public default is another network."""
     folder = write_public(tmp_path, public_small())
@@ -1748,9 +2185,13 @@ def test_port_accepts_what_changes_no_network(tmp_path):
     folder = write_public(tmp_path, public_small())
     config = json.loads((folder / "model_config.json").read_text())
     config["training"] = {"learning_rate": 1e-5}
-    config["model"]["diffusion"] |= {"diffusion_objective": "rf_denoiser", "prepend_cond_ids": [], "sampling_distribution_shift_options": None}
-    config["model"]["diffusion"]["config"] |= {"postpend": True, "input_add_dims": [["inpaint_mask", 1], ["inpaint_masked_input", 16]]}
-    (folder / "base_model_config.json").write_text(json.dumps(config))  # the public name beside base_model.ckpt
+    config["model"]["diffusion"] |= {"diffusion_objective": "rf_denoiser", "prepend_cond_ids": [],
+                                     "sampling_distribution_shift_options": None}
+    config["model"]["diffusion"]["config"] |= {"postpend": True,
+                                               "input_add_dims": [["inpaint_mask", 1],
+                                                                  ["inpaint_masked_input", 16]]}
+    # the public name beside base_model.ckpt
+    (folder / "base_model_config.json").write_text(json.dumps(config))
     (folder / "model_config.json").unlink()
     (folder / "model.ckpt").rename(folder / "base_model.ckpt")
     assert load_stable_audio(folder / "base_model.ckpt").config == load_stable_audio(GOLDEN / "sao_small_tiny").config
@@ -1770,30 +2211,35 @@ def convert(capsys, monkeypatch, *args):
 
 def test_port_command(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out" / "small.pt"
-    status, said = convert(capsys, monkeypatch, GOLDEN / "sao_small_tiny", "--out", out, "--no-causal", "--block", 12)
+    status, said = convert(capsys, monkeypatch, GOLDEN / "sao_small_tiny", "--out", out, "--no-causal",
+                           "--block", 12)
     assert status == 0 and all(word in said for word in (
         "matched 430 of 430", "rectified flow", "44100 Hz", "seconds_total 0-256", "DiT 758,656", str(out)))
     model, truth = sample.load(out), small(causal=False)
     assert model.stage == "base" and model.config == truth.config
     assert all(torch.equal(w, truth.state_dict()[k]) for k, w in model.state_dict().items())
     half = tmp_path / "half.pt"
-    assert convert(capsys, monkeypatch, GOLDEN / "sao_small_tiny", "--out", half, "--dtype", "bfloat16")[0] == 0
+    assert convert(capsys, monkeypatch, GOLDEN / "sao_small_tiny", "--out", half, "--dtype",
+                   "bfloat16")[0] == 0
     assert half.stat().st_size < 0.6 * out.stat().st_size
     weights = torch.load(half, weights_only=True)["weights"]
     assert weights["dit.inv_freq"].dtype == torch.float32 and weights["dit.project_in.weight"].dtype == torch.bfloat16
 
 
 def test_port_command_refuses_in_one_line(tmp_path, capsys, monkeypatch):
-    folder, golden = write_public(tmp_path / "spoiled", spoil(public_small(), "missing")), GOLDEN / "sao_small_tiny"
+    folder, golden = write_public(tmp_path / "spoiled",
+                                  spoil(public_small(), "missing")), GOLDEN / "sao_small_tiny"
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     for args in ((folder, "--out", tmp_path / "x.pt"), (tmp_path / "nowhere", "--out", tmp_path / "x.pt"),
-                 (golden, "--out", tmp_path / "file" / "x.pt"), (golden, "--out", tmp_path / "folder"), (golden, "--block", 0),
-                 (golden, "--text-model", tmp_path / "no-t5", "--prompts", "a", "--prompts-out", tmp_path / "p.pt")):
+                 (golden, "--out", tmp_path / "file" / "x.pt"), (golden, "--out", tmp_path / "folder"),
+                 (golden, "--block", 0), (golden, "--text-model", tmp_path / "no-t5", "--prompts", "a",
+                                          "--prompts-out", tmp_path / "p.pt")):
         status, said = convert(capsys, monkeypatch, *args)
         assert status == 2 and "error: " in said.splitlines()[-1], said
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "spoiled"]    # nothing half-written
-    done = subprocess.run([sys.executable, HERE / "stable_audio_port.py", folder], capture_output=True, text=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "spoiled"]  # nothing half-written
+    done = subprocess.run([sys.executable, HERE / "stable_audio_port.py", folder], capture_output=True,
+                          text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
 
 
@@ -1810,403 +2256,97 @@ def test_prompt_file_refuses_other_files(tmp_path):
             port.load_prompts(path)
 
 
-def test_t5_equals_running_it_by_hand(tmp_path):
-    """A T5 with random weights and a tokenizer, saved by `transformers` itself."""
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    words = ["<pad>", "</s>", "<unk>", "warm", "rhodes", "piano", "drums"]
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    core.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=7, d_model=768, d_kv=8, d_ff=32, num_layers=2, num_heads=2)).eval()
-    t5.save_pretrained(tmp_path)
-    prompts = ["warm rhodes piano", "drums", "", "drums " * 100]
-    model = small(text_model=str(tmp_path))
-    states, mask = T5(str(tmp_path), None, 64)(prompts)
-    assert states.shape == (4, 64, 768) and mask.sum(1).tolist() == [4, 2, 1, 64]
-    with torch.no_grad():
-        for row, prompt in enumerate(prompts[:3]):          # by hand, without any padding
-            ids = torch.tensor([[words.index(w) for w in prompt.split()] + [1]])
-            close(states[row:row + 1, :ids.shape[1]], t5(input_ids=ids).last_hidden_state)
-        embeddings = model.conditioner.embed_text(prompts)
-        close(embeddings, model.conditioner.proj_out(states) * mask[..., None])
-        assert embeddings.shape == (4, 64, 48) and not embeddings[0, 4:].any() and embeddings[0, :4].all(-1).all()
-        assert torch.equal(model.conditioner(prompts, seconds_total=12).tokens[:, :64], embeddings)
-    port.save_prompts(model, prompts, tmp_path / "out" / "prompts.pt")
-    assert port.load_prompts(tmp_path / "out" / "prompts.pt")[0] == prompts
-    assert torch.equal(port.load_prompts(tmp_path / "out" / "prompts.pt")[1], embeddings)
-    with pytest.raises(UserError, match="768 wide; this checkpoint expects 512"):
-        T5(str(tmp_path), 512, 64)(prompts)
-    encoder = weakref.ref(load_t5(str(tmp_path))[1])
-    shutil.rmtree(tmp_path)
-    T5(str(tmp_path), None, 64)(prompts)                    # a later prompt reads nothing again
-    forget_t5()
-    assert encoder() is None
-    with pytest.raises(UserError, match="cannot load the text encoder"):
-        T5(str(tmp_path), None, 64)(prompts)
+# -------------------------------------------------------------------------------- nano.py
+def test_autoencoder_starts_as_a_codec():
+    """Before any training music comes back: the transforms invert each other, the principal components keep
+    the energy."""
+    x, basis = torch.randn(1, 1, 400), nano.mdct(4)[:, None]
+    frames = torch.nn.functional.conv1d(x, basis, stride=4, padding=2)
+    back = torch.nn.functional.conv_transpose1d(frames, basis, stride=4, padding=2)
+    assert (x - back)[..., 4:-4].abs().max() < 1e-5
+    t = torch.arange(32 * 400) / 44100
+    tones = torch.tensor([[[110.0], [440.0]], [[330.0], [1000.0]], [[70.0], [700.0]]])
+    audio = 0.1 * torch.sin(2 * math.pi * tones * t)        # left and right differ
+    ae = tiny().autoencoder
+    nano.start_as_transform(ae, audio)
+    latents = ae.encode(audio)
+    assert nano.snr(ae.decode(latents)[..., 500:-500], audio[..., 500:-500]) > 20
+    assert 0.8 < latents.square().mean() < 1.2
 
 
-# ------------------------------------------------------------------------------------------------ ARC-Forcing
-LEVELS = schedule(3)[:-1]
+def test_autoencoder_training(tmp_path, music, call):
+    """It resumes where it stopped, as if it never had; the encoder stays as it was; the critic is part of it
+    where asked for."""
+    common.save(tiny(), tmp_path / "start.pt")
+    train = lambda out, steps, *more: call(nano.main, "autoencoder", "--data", music, "--init", "start.pt",
+                                           "--out", out, "--steps", steps, "--batch", 2, "--crop", 8192,
+                                           "--every", 1, "--device", "cpu", *more)[0]
+    assert [train(out, 2, "--adversary", weight) for out, weight in (("a.pt", 0), ("b.pt", 1))] == [0, 0]
+    start, plain, judged = (sample.load(tmp_path / name).autoencoder for name in ("start.pt", "a.pt", "b.pt"))
+    assert all(torch.equal(p.half(), q.half()) for p,
+               q in zip(start.encoder.parameters(), plain.encoder.parameters()))
+    moved = lambda a, b: max((p - q).abs().max().item() for p,
+                             q in zip(a.decoder.parameters(), b.decoder.parameters()))
+    assert moved(start, plain) > 1e-6 and moved(plain, judged) > 1e-6
+    states = []
+    for stops in ((1, 2), (2,)):  # the learning rate's cosine is over all steps: the first step's is the same
+        for f in tmp_path.glob("c.pt*"):
+            f.unlink()
+        for stop in stops:
+            assert train("c.pt", stop, "--adversary", 1, "--lr", 1e-3) == 0
+        states.append(torch.load(tmp_path / "c.pt.train", weights_only=True))
+    assert states[0]["step"] == 2 and states[0]["critic_optimizer"]["state"][0]["step"] == 2
+    for part in ("weights", "critic"):
+        assert all(torch.equal(states[0][part][k], states[1][part][k]) for k in states[0][part])
 
 
-def noises(seed, shape=(2, 8, 6)):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda: torch.randn(shape, generator=generator)
+def test_critic_losses_by_hand():
+    real, made = [[torch.ones(2), torch.tensor([0.5, 2.0])]], [[torch.zeros(2), torch.tensor([-2.0, 0.0])]]
+    assert nano.critic_loss(real, made).item() == pytest.approx(0.25 + 0.5)
+    assert nano.persuasion_loss(real, made).item() == pytest.approx(1 + 2 * 1)
 
 
-@pytest.mark.parametrize("objective", ["rectified_flow", "v"])
-@pytest.mark.parametrize("causal", [True, False])
-def test_rollout_is_the_stream(causal, objective):
-    """All of the steps in every block: what training rolls out is what `sample.py` plays, from a recording or from nothing."""
-    model = tiny(causal=causal, objective=objective)
-    cond = condition(model)
-    for prime in (torch.randn(2, 8, 18), torch.zeros(2, 8, 18)):
-        latents, last = arc_forcing.rollout(model, model.dit.encode_prompt(cond), prime, LEVELS, [3] * 5, noises(4))
-        played = latents_of(model, cond, 5, steps=3, sampler="pingpong", seed=4, prime=prime if prime.any() else None)
-        assert torch.equal(latents, played) and [t for _, t in last] == [LEVELS[-1]] * 5
+def test_pack_takes_a_newer_decoder(tmp_path, call):
+    """... of the same encoder: with another the latents would mean something else."""
+    model, newer, other, forced = tiny(), tiny(), tiny(), tiny(seed=1)
+    newer.autoencoder.decoder[0].weight += 1
+    other.autoencoder.encoder[0].weight += 1
+    for name in ("model", "newer", "other", "forced"):
+        common.save(locals()[name], tmp_path / f"{name}.pt")
+    pack = lambda name: call(nano.main, "pack", "--ckpt", tmp_path / "model.pt", "--autoencoder",
+                             tmp_path / f"{name}.pt", "--out", tmp_path / "packed.pt", "--steps", 4, "--cfg",
+                             1.5)
+    status, err = pack("other")
+    assert status == 2 and "encoder" in err and not (tmp_path / "packed.pt").exists()
+    assert pack("newer")[0] == 0
+    packed = sample.load(tmp_path / "packed.pt")
+    assert packed.sampling["steps"] == 4 and packed.sampling["cfg"] == 1.5
+    assert torch.allclose(packed.autoencoder.decoder[0].weight, newer.autoencoder.decoder[0].weight,
+                          atol=1e-3)
+    assert torch.allclose(packed.dit.project_in.weight, model.dit.project_in.weight, atol=1e-3)
+    assert call(nano.main, "pack", "--ckpt", "model.pt", "--arc", "forced.pt", "--share", 0.25, "--out",
+                "packed.pt")[0] == 0
+    for other in dict(depth=2), dict(causal=not TINY.causal), dict(block=TINY.block // 2):
+        common.save(tiny(**other), tmp_path / "another.pt")
+        status, err = call(nano.main, "pack", "--ckpt", "model.pt", "--arc", "another.pt", "--out", "no.pt")
+        assert status == 2 and "other sizes" in err and not (tmp_path / "no.pt").exists()
+    mixed = 0.75 * model.dit.project_in.weight + 0.25 * forced.dit.project_in.weight
+    packed = sample.load(tmp_path / "packed.pt")
+    assert torch.allclose(packed.dit.project_in.weight, mixed, atol=1e-3)
+    assert packed.stage == "arc"    # what is finetuned from it is not, and plays with guidance again
+    args = argparse.Namespace(init=tmp_path / "packed.pt", causal=None, block=None, context_blocks=None)
+    assert sample.sampling_settings(finetune.start_model(args)) == nano.AFTER_FINETUNING
 
 
-@pytest.mark.parametrize("objective", ["rectified_flow", "v"])
-@pytest.mark.parametrize("causal", [True, False])
-def test_replay_gives_the_gradients_of_the_plain_rollout(causal, objective):
-    """All blocks' graphs kept, by hand == one block at a time; contexts detached; nothing but last evaluations counts."""
-    model, ks = tiny(causal=causal, objective=objective), [1, 3, 2, 1, 3]
-    prime, target = torch.randn(2, 8, 18), torch.randn(2, 8, 30)
-    trained = [*model.dit.parameters(), *model.conditioner.parameters()]
-    def gradients(backward):
-        for p in trained:
-            p.grad = None
-            p.requires_grad_()
-        backward(model.dit.encode_prompt(condition(model)))
-        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained]
-
-    def plain(memory, detach=True):
-        """Nothing of ours but the network: no cache, no Context, the history given as latents."""
-        draw, history, made = noises(4), torch.cat([torch.zeros(2, 8, 0), prime], -1), []
-        for k in ks:
-            x = draw()
-            for i, t in enumerate(LEVELS[:k]):
-                n = history.shape[-1] // 6
-                with torch.no_grad():                       # the context's keys and values, by a pass of their own
-                    kv, index = None, ()
-                    if causal:
-                        for j in range(n):
-                            clean = Numbered(history[..., j * 6:j * 6 + 6], (j,))
-                            new = model.dit.blocks(memory, clean=clean, cached=Numbered(kv, index))[1]
-                            kv = new if kv is None else [tuple(torch.cat(p, 2)[:, :, -18:] for p in zip(a, b)) for a, b in zip(kv, new)]
-                            index = (*index, j)[-3:]
-                    else:
-                        index = tuple(range(n - 3, n))
-                        kv = model.dit.blocks(memory, clean=Numbered(history[..., -18:], index))[1]
-                with torch.set_grad_enabled(i == k - 1):
-                    v = model.dit.blocks(memory, Numbered(x, (n,)), t.expand(2, 1), cached=Numbered(kv, index))[0]
-                    x0, _ = denoise(x, v, t, objective)
-                if i < k - 1:
-                    x = add_noise(x0, draw(), LEVELS[i + 1], objective)
-            made.append(x0)
-            history = torch.cat([history, x0.detach()], -1)
-        ((torch.cat(made, -1) - target).square() * target.cos()).sum().backward()
-
-    def ours(memory):
-        latents, last = arc_forcing.rollout(model, memory, prime, LEVELS, ks, noises(4))
-        assert not latents.requires_grad
-        latents.requires_grad_()
-        gradient, = torch.autograd.grad(((latents - target).square() * target.cos()).sum(), latents)
-        arc_forcing.replay(model, memory, prime, latents.detach(), last, gradient, contextlib.nullcontext)
-    a, b = gradients(plain), gradients(ours)
-    scale = max(g.abs().max() for g in a)
-    assert scale > 1 and max((x - y).abs().max() for x, y in zip(a, b)) < 1e-5 * scale
-    assert model.dit.context_in.weight.grad is None         # no way into the context, so the script leaves it alone
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_replay_in_bf16(causal):
-    """Autocast keeps rounded weights between passes. Ones without a graph, from filling the cache, must not reach the pass with it."""
-    model, made = tiny(causal=causal), []
-    trained = [*model.dit.parameters(), *model.conditioner.parameters()]
-    prime, gradient = torch.randn(2, 8, 18), torch.randn(2, 8, 30)
-    model.requires_grad_()
-    for precision_ in contextlib.nullcontext, lambda: torch.autocast("cpu", torch.bfloat16):
-        model.zero_grad()
-        with precision_():
-            memory = model.dit.encode_prompt(condition(model))
-        if not made:                                        # the same for both
-            latents, last = arc_forcing.rollout(model, memory, prime, LEVELS, [1, 3, 2, 1, 3], noises(4))
-        arc_forcing.replay(model, memory, prime, latents, last, gradient, precision_)
-        made.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained])
-    for a, b in zip(*made):
-        assert (a - b).norm() < 0.05 * a.norm() + 1e-3 * max(x.norm() for x in made[0])
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_gradient_flows_only_through_last_evaluations(causal):
-    """The differentiated calls of the network: one a block, at its last level, on inputs that carry no graph."""
-    model, ks, seen = tiny(causal=causal), [2, 1, 3], []
-    plain = model.dit.blocks
-    def spy(prompt, noisy, t, clean, cached, start):
-        if torch.is_grad_enabled():
-            graph = noisy.data.requires_grad or any(y.requires_grad for kv in cached.data for y in kv)
-            seen.append((noisy.index[0] + start // 6, t[0, 0].item(), clean.data, graph))
-        return plain(prompt, noisy, t, clean, cached, start)
-    model.dit.blocks = spy
-    memory = model.dit.encode_prompt(condition(model.requires_grad_()))
-    latents, last = arc_forcing.rollout(model, memory, torch.randn(2, 8, 18), LEVELS, ks, noises(0))
-    assert seen == []
-    arc_forcing.replay(model, memory, torch.randn(2, 8, 18), latents, last, torch.ones_like(latents), contextlib.nullcontext)
-    assert seen == [(3 + i, LEVELS[k - 1].item(), None, False) for i, k in enumerate(ks)]
-
-
-def test_losses_by_hand():
-    real, fake, wrong = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 5.0]]), torch.tensor([[2.0, -1.0]])
-    weights, softplus = torch.tensor([[0.25, 0.75]]), lambda x: math.log(1 + math.exp(x))
-    assert arc_forcing.generator_loss(real, fake, weights).item() == pytest.approx(0.25 * softplus(1) + 0.75 * softplus(-2))
-    assert arc_forcing.discriminator_loss(real, fake, weights).item() == pytest.approx(0.25 * softplus(-1) + 0.75 * softplus(2))
-    for differs in (0.0, 1.0):
-        loss = arc_forcing.contrastive_loss(real, wrong, weights, torch.tensor([differs]))
-        assert loss.item() == pytest.approx(differs * (0.25 * softplus(1) + 0.75 * softplus(-4)))
-
-
-def test_discriminator_scores_the_rollout_only():
-    """Scores are of frames from `first` on, hear the whole sequence, and only the layers below the head are trained."""
-    torch.manual_seed(0)
-    critic = arc_forcing.start_discriminator(tiny(depth=8), None)
-    assert critic.layer == 5 and critic.config.depth == 8
-    cond, t = condition(critic), torch.full((2,), 0.3)
-    for context, frames, scores in ((18, 30, 4), (20, 32, 3), (23, 24, 1)):
-        x = torch.randn(2, 8, frames, requires_grad=True)
-        y = critic(x, t, cond, context)
-        assert y.shape == (2, scores) == critic.weights(torch.ones(2, frames), context).shape
-        gradient, = torch.autograd.grad(y.sum(), x)
-        assert gradient[..., :context].abs().max() > 0 and gradient[..., context:].abs().amin((0, 1)).min() > 0
-    music = torch.ones(2, 30)
-    music[1, 24:] = music[1, :18] = 0                       # scores are around frames 16 (counts as 18), 20, 24, 28
-    assert critic.weights(music, 18)[1].tolist() == [0.5, 0.5, 0, 0] and critic.weights(music, 18)[0].tolist() == [0.25] * 4
-    for phase, loss in (("D", lambda: critic(x, t, condition(critic), 18).sum()),
-                        ("warm D", lambda: arc_forcing.flow_loss(critic, condition(critic), x.detach(), torch.randn_like(x), t, torch.ones(2, 24)).sum())):
-        critic.zero_grad()
-        loss().backward()
-        moved = {id(p) for p in critic.parameters() if p.grad is not None}
-        assert moved == {id(p) for p in critic.trained(phase)}
-
-
-def drawn(music, rows=slice(0, 6), step=0, phase="D", blocks=2, **kw):
-    model = tiny(**kw)
-    tracks = data.prepare(music, model, Path(music) / ".latents", quiet=True).train
-    return arc_forcing.draw_batch(tracks, model.config, 6, blocks, 8, rows, 0, phase, step)
-
-
-def test_draws(music, tmp_path):
-    """k covers 1..K inclusive, the same for every row; rows are cut from one batch; prompts of others, own ones untouched."""
-    whole, parts = drawn(music), [drawn(music, slice(i, i + 2)) for i in (0, 2, 4)]
-    for name in ("latents", "music", "noise", "uniform"):
-        assert torch.equal(getattr(whole, name), torch.cat([getattr(p, name) for p in parts]))
-    assert torch.equal(whole.draw(), torch.cat([p.draw() for p in parts])) and all(p.ks == whole.ks for p in parts)
-    assert whole.others == [whole.prompts[-1], *whole.prompts[:-1]] and whole.others is not whole.prompts
-    assert [q for p in parts for q in p.prompts] == whole.prompts and len(set(whole.prompts)) > 1
-    again = drawn(music, step=1), drawn(music, phase="G")
-    assert all(not torch.equal(whole.noise, other.noise) for other in again)
-
-    tracks = [data.Track("a", "slow", tmp_path / "a.npy", 0, 60)]
-    np.save(tmp_path / "a.npy", np.ones((60, 8), np.float16))
-    ks = [k for step in range(500) for k in arc_forcing.draw_batch(tracks, TINY, 1, 2, 8, slice(0, 1), 0, "G", step).ks]
-    count = np.bincount(ks, minlength=9)
-    assert len(ks) == 1000 and count[0] == 0 and len(count) == 9 and count[1:].min() > 85
-
-
-@pytest.mark.parametrize("frames", [13, 30])
-def test_short_tracks_begin_like_a_stream(frames, tmp_path):
-    """Fewer frames than context and rollout: [nothing | music | nothing], and only the music is marked as such."""
-    np.save(tmp_path / "a.npy", np.ones((frames, 8), np.float16))
-    tracks = [data.Track("a", "slow", tmp_path / "a.npy", 0, frames)]
-    b = arc_forcing.draw_batch(tracks, TINY, 16, 3, 8, slice(0, 16), 0, "D", 0)
-    assert torch.equal(b.latents[:, 0], b.music)
-    blocks = {tuple(row) for row in b.music[:, ::6].int().tolist()}
-    assert blocks == ({(0, 0, 0, 1, 1, 0)} if frames == 13 else {(0, 0, 0, 1, 1, 1), (0, 1, 1, 1, 1, 1)})
-
-
-def test_phases_and_verdict():
-    args = SimpleNamespace(d_warmup=2, g_warmup=1, steps=5)
-    done, order = dict.fromkeys(arc_forcing.PHASES, 0), []
-    while phase := arc_forcing.next_phase(done, args):
-        order.append(phase)
-        done[phase] += 1
-    assert order == ["warm D", "warm D", "warm G", "D", "G", "D", "G", "D"]
-    assert arc_forcing.verdict([(0.5, 1.0)] * 9) is None
-    assert "D wins" in arc_forcing.verdict([(4.5, 1.0)] * 9) and "G wins" in arc_forcing.verdict([(-5.0, 1.0)] * 9)
-    for spread in (0.4, 2.1, math.nan):
-        assert "standard deviation" in arc_forcing.verdict([(0.5, spread)] * 9)
-
-
-def test_trajectory_is_the_teacher_s_stream():
-    model = tiny()
-    cond, prime = condition(model), torch.randn(2, 8, 18)
-    points, end = arc_forcing.trajectory(model, cond, prime, schedule(5)[:-1], 3.0, noises(2))
-    assert torch.equal(end, latents_of(model, cond, 1, steps=5, sampler="euler", cfg=3.0, seed=2, prime=prime))
-    assert [t.item() for _, t in points] == schedule(5)[:-1].tolist() and points[0][0].shape == (2, 8, 6)
-
-
-def test_pick_up():
-    """An item's own stream, with the prompt it began with; music's context where there is none or a new one is to begin."""
-    kept, prime = {0: (torch.full((8, 4), 7.0), "seven"), 3: (torch.full((8, 4), 9.0), "nine")}, torch.randn(3, 8, 4)
-    contexts, prompts = arc_forcing.pick_up(kept, range(1, 4), prime, ["a", "b", "c"], [True, False, False, False])
-    assert prompts == ["a", "b", "nine"] and torch.equal(contexts[:2], prime[:2]) and (contexts[2] == 9).all()
-    contexts, prompts = arc_forcing.pick_up(kept, range(3), prime, ["a", "b", "c"], [False] * 3)
-    assert prompts == ["seven", "b", "c"] and (contexts[0] == 7).all() and torch.equal(contexts[1:], prime[1:])
-    assert arc_forcing.pick_up(kept, range(3), prime, ["a", "b", "c"], [True] * 3)[1] == ["a", "b", "c"]
-
-
-def test_on_policy_warmup_plays_its_own_streams(finetuned, call):
-    """After one step each item has gone on from its music by two blocks, as the model of before the step plays them. The loss is
-    that of velocities, against those that lead straight to where the teacher gets from there."""
-    args = [*ARC, "--d-warmup", 0, "--g-warmup", 1, "--on-policy", 1, "--steps", 1, "--out", "o.pt"]
-    assert (done := call(arc_forcing.main, *args, cwd=finetuned))[0] == 0, done
-    model, streams = sample.load(finetuned / "out" / "finetune.pt"), torch.load(finetuned / "o.pt", weights_only=True)["streams"]
-    folder = torch.load(finetuned / "o.pt", weights_only=True)["args"]["data"]
-    tracks, c = data.prepare(folder, model, finetuned / "out" / "latents", quiet=True).train, model.config
-    b = arc_forcing.draw_batch(tracks, c, 4, 2, 3, slice(0, 4), 0, "warm G", 0)
-    cond = finetune.condition(model, finetune.encode_texts(model, tracks), b.prompts, "cpu")
-    context, played = sample.Context(model, model.dit.encode_prompt(cond), b.latents[..., :c.context]), [b.latents[..., :c.context]]
-    with torch.no_grad():
-        for _ in range(2):
-            played.append(sample.denoise_block(context.predict, b.draw(), schedule(3)[:-1], "dpmpp", c.objective, None))
-            context.append(played[-1])
-        expected = torch.cat(played, dim=-1)[..., -c.context:]
-        assert [streams[i][1] for i in range(4)] == b.prompts
-        assert (torch.stack([streams[i][0] for i in range(4)]) - expected).abs().max() < 1e-6
-        points, end = arc_forcing.trajectory(model, cond, expected, schedule(4)[:-1], 3.0, b.draw)
-        b.rng.random(4)                                     # which items are to begin anew
-        context = sample.Context(model, model.dit.encode_prompt(cond), expected)
-        errors = [(context.predict(x, t) - (x - end) / t).square().mean() for x, t in (points[i] for i in b.rng.permutation(4)[:3])]
-    assert float(rows_of(finetuned / "o.csv")[0]["loss"]) == pytest.approx(np.mean(errors), rel=1e-4)
-
-
-ARC = ["--rollout", 2, "--most", 3, "--batch", 4, "--d-warmup", 2, "--g-warmup", 3, "--on-policy", 2, "--teacher-steps", 4, "--teacher-cfg", 3, "--steps", 4,
-       "--every", 1, "--sample-every", 0, "--precision", "float32", "--lr", "1e-4", "--d-lr", "1e-3", "--threads", 1]
-
-
-@pytest.fixture(scope="module")
-def finetuned(tiny_file, music, tmp_path_factory):
-    """A folder with out/finetune.pt, as finetune.py leaves it (it tells the data; the model is encoder-decoder)."""
-    folder, model = tmp_path_factory.mktemp("finetuned"), tiny(causal=False)
-    common.save(model, folder / "out" / "finetune.pt", args=dict(data=str(music), init=str(tiny_file)))
-    return folder
-
-
-def test_arc_kill_and_resume_equals_unbroken(finetuned, call):
-    """Through all phases; kill -9 between the steps on G's own streams or later, then --resume: the same log, weights, optimizers."""
-    assert (done := call(arc_forcing.main, *ARC, "--out", "a/arc.pt", cwd=finetuned))[0] == 0, done
-    log = finetuned / "b" / "arc.csv"
-    killed_after(4, log, "arc_forcing.py", *ARC, "--out", "b/arc.pt", cwd=finetuned)
-    assert torch.load(finetuned / "b" / "arc.pt", weights_only=True)["step"] < 9
-    assert (done := call(arc_forcing.main, "--resume", "--out", "b/arc.pt", cwd=finetuned))[0] == 0, done
-    rows = rows_of(log)
-    assert rows == rows_of(finetuned / "a" / "arc.csv") and [row["phase"] for row in rows] == ["warm D"] * 2 + ["warm G"] * 3 + ["D", "G"] * 2
-    a, b = (torch.load(finetuned / side / "arc.pt", weights_only=True) for side in "ab")
-    def same(x, y):
-        if torch.is_tensor(x):
-            return torch.equal(x, y)
-        if isinstance(x, dict):
-            return x.keys() == y.keys() and all(same(x[k], y[k]) for k in x)
-        if isinstance(x, tuple):
-            return all(map(same, x, y))
-        return x == y
-    for key in ("weights", "discriminator", "optimizers", "streams", "done", "stage", "sampling", "step", "config"):
-        assert same(a[key], b[key]), key
-    assert a["stage"] == "arc" and a["sampling"]["steps"] == 3 and not a["config"]["causal"]
-    assert a["optimizers"]["G"]["state"] and a["optimizers"]["D"]["state"] and not a["optimizers"]["warm D"]["state"]
-    rate = {phase: optimizer["param_groups"][0]["lr"] for phase, optimizer in a["optimizers"].items()}
-    assert rate == {"warm D": pytest.approx(5e-5 / 2), "warm G": pytest.approx(5e-5 / 3), "D": 1e-3, "G": 1e-4}     # warm-ups fall
-    start = torch.load(finetuned / "out" / "finetune.pt", weights_only=True)["weights"]
-    moved = {k for k in start if not torch.equal(start[k], a["weights"][k])}
-    assert moved and not any(k.startswith("autoencoder") or k == "dit.context_in.weight" for k in moved)
-    assert sample.sampling_settings(sample.load(finetuned / "a" / "arc.pt")) == dict(sampler="pingpong", steps=3, cfg=1.0)
-    # from the game back to a longer warm-up of D, with other steps a block
-    assert (done := call(arc_forcing.main, "--resume", "--out", "b/arc.pt", "--d-warmup", 3, "--most", 2, cwd=finetuned))[0] == 0, done
-    common.save(tiny(), finetuned / "b" / "causal.pt")
-    status, err = call(arc_forcing.main, "--resume", "--out", "b/arc.pt", "--g-warmup", 9, "--init", "b/causal.pt", cwd=finetuned)
-    assert status == 2 and "b/causal.pt has other sizes, blocks or another regime" in err
-    assert rows_of(log)[9]["phase"] == "warm D" and len(rows_of(log)) == 10
-    assert sample.load(finetuned / "b" / "arc.pt").sampling["steps"] == 2
-
-
-def test_arc_accumulation_and_processes_change_nothing(finetuned, tiny_file, call):
-    """Two steps on G's own streams, one of D, one of G: plain; in two accumulations; on two processes: the same losses, streams
-    and first updates."""
-    args = ["--init", tiny_file, "--data", torch.load(finetuned / "out" / "finetune.pt", weights_only=True)["args"]["data"], *ARC,
-            "--d-warmup", 0, "--g-warmup", 2, "--on-policy", 2, "--steps", 2, "--lr", "1e-6", "--d-lr", "1e-6", "--warmup-lr", "1e-6"]
-    for name, more in (("p", []), ("q", ["--accumulate", 2])):
-        assert (done := call(arc_forcing.main, *args, "--out", f"{name}.pt", *more, cwd=finetuned))[0] == 0, done
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29632", HERE / "arc_forcing.py", *args, "--out", "r.pt"]
-    done = subprocess.run(list(map(str, run)), cwd=finetuned, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    plain, *others = (torch.load(finetuned / f"{name}.pt", weights_only=True) for name in "pqr")
-    rows = [rows_of(finetuned / f"{name}.csv") for name in "pqr"]
-    assert [row["phase"] for row in rows[0]] == ["warm G", "warm G", "D", "G"]
-    for other, logged in zip(others, rows[1:]):
-        assert plain["streams"].keys() == other["streams"].keys() == {0, 1, 2, 3}
-        for (one, prompt), (two, prompt2) in zip(plain["streams"].values(), (other["streams"][i] for i in plain["streams"])):
-            assert prompt == prompt2 and (one - two).abs().max() < 1e-5
-        for player in "DG":                                 # after one step of Adam: a tenth of the clipped mean gradient
-            one, two = (x["optimizers"][player]["state"] for x in (plain, other))
-            assert one.keys() == two.keys() and all(s["step"] == 1 for s in two.values())
-            assert max(s["exp_avg"].abs().max() for s in one.values()) > 1e-3
-            assert max((one[i]["exp_avg"] - two[i]["exp_avg"]).abs().max() for i in one) < 1e-5
-        for row, row2 in zip(rows[0], logged):
-            assert {k: float(v) for k, v in row2.items() if v and k != "phase"} == pytest.approx(
-                {k: float(v) for k, v in row.items() if v and k != "phase"}, abs=1e-5)
-
-
-ARC_BAD = [
-    ([], "run finetune.py first"),
-    (["--init", "{tiny}"], "--data is missing"),
-    (["--init", "{tmp}/base.pt"], "has not learned to stream"),
-    (["--init", "{tiny}", "--data", "{tmp}/nowhere"], "no such folder"),
-    (["--init", "{tiny}", "--data", "{tmp}", "--batch", "3", "--accumulate", "2"], "does not divide"),
-    (["--init", "{tiny}", "--data", "{tmp}", "--base", "{tmp}/none.pt"], "no checkpoint at"),
-    (["--init", "{tiny}", "--data", "{tmp}", "--base", "{tmp}/base.pt"], "different autoencoders"),
-    (["--init", "{tiny}", "--data", "{tmp}", "--rollout", "0"], "less than 1"),
-    (["--init", "{tiny}", "--data", "{tmp}", "--g-warmup", "1", "--out", "{tiny}"], "would overwrite the warm-up's teacher"),
-    (["--resume", "--out", "{tmp}/finetune.pt"], "no ARC-Forcing to resume"),
-    (["--resume", "--out", "{tiny}"], "no training to resume"),
-]
-
-
-@pytest.mark.parametrize("args, message", ARC_BAD, ids=lambda x: x if isinstance(x, str) else None)
-def test_arc_bad_input(args, message, tiny_file, tmp_path, call):
-    base = tiny(seed=1)
-    base.stage = "base"
-    common.save(base, tmp_path / "base.pt")
-    common.save(tiny(), tmp_path / "finetune.pt", args=dict(data="x", init="none"))
-    common.save(tiny(), tmp_path / "begun.pt", args=dict(data="x", base="none"), discriminator={})
-    status, err = call(arc_forcing.main, *(a.format(tmp=tmp_path, tiny=tiny_file) for a in args))
-    lines = [line for line in err.splitlines() if "error" in line]
-    assert status == 2 and len(lines) == 1 and message in lines[0] and "Traceback" not in err, err
-    assert {p.name for p in tmp_path.iterdir()} <= {"base.pt", "begun.pt", "finetune.pt"}
-
-
-def test_the_base_is_the_public_model_that_finetuning_began_with(tiny_file, music, tmp_path):
-    """--base: what --init was finetuned from, if that was a public model; else --init itself."""
-    base = tiny(seed=1)
-    base.stage = "base"
-    common.save(base, tmp_path / "base.pt")
-    for init, expected in ((tmp_path / "base.pt", str(tmp_path / "base.pt")), (tiny_file, "none"), ("none", "none"), ("gone.pt", "none")):
-        common.save(tiny(), tmp_path / "ft.pt", args=dict(data="music", init=str(init)))
-        args = arc_forcing.parser().parse_args(["--init", str(tmp_path / "ft.pt")])
-        arc_forcing.fill_in(args)
-        assert (args.data, args.base) == ("music", expected)
-
-
-# ------------------------------------------------------------------------------------------------ what music is measured by
+# -------------------------------------------------------------------------------- measure.py
 def test_frechet_by_hand():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 3, generator=generator, dtype=torch.float64)
-    x = torch.linalg.qr(x - x.mean(0))[0] * math.sqrt(499)                                  # mean 0, covariance exactly 1
+    x = torch.linalg.qr(x - x.mean(0))[0] * math.sqrt(499)    # mean 0, covariance exactly 1
     a, b = x * torch.tensor([1.0, 2, 3]) + torch.tensor([0.0, 0, 5]), x.flip(0) * torch.tensor([4.0, 2, 1]) - torch.tensor([2.0, 0, 0])
     assert measure.frechet(a, b) == pytest.approx(2 ** 2 + 5 ** 2 + (1 - 4) ** 2 + (3 - 1) ** 2, rel=1e-6)
-    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0]  # covariances no longer diagonal
+    # covariances no longer diagonal
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0]
     assert measure.frechet(a @ turn, b @ turn) == pytest.approx(42, rel=1e-6)
     assert measure.frechet(a, a) == pytest.approx(0, abs=1e-6) and measure.frechet(a, b) == pytest.approx(measure.frechet(b, a))
 
@@ -2214,26 +2354,30 @@ def test_frechet_by_hand():
 def melody(*pitches, each=0.5, rate=44100):
     """Decaying sines, one after another: (2, n)."""
     t = torch.arange(round(each * rate)) / rate
-    return torch.cat([0.3 * torch.exp(-6 * t) * torch.sin(2 * math.pi * 440 * 2 ** (p / 12) * t) for p in pitches]).repeat(2, 1)
+    return torch.cat([0.3 * torch.exp(-6 * t) * torch.sin(2 * math.pi * 440 * 2 ** (p / 12) * t)
+                      for p in pitches]).repeat(2, 1)
 
 
 def test_onsets_and_chroma():
-    assert measure.onsets_per_second(melody(0, 3, 7, 12, 0, 3, 7, 12), 44100) == pytest.approx(2, abs=0.26)      # half a second each
+    # half a second each
+    assert measure.onsets_per_second(melody(0, 3, 7, 12, 0, 3, 7, 12), 44100) == pytest.approx(2, abs=0.26)
     assert measure.onsets_per_second(melody(*range(12), each=0.25), 44100) == pytest.approx(4, abs=0.35)
     assert measure.onsets_per_second(torch.zeros(2, 88200), 44100) == 0
     assert measure.chroma_change(melody(*[0] * 20), 44100) < 0.02
-    assert measure.chroma_change(melody(*[0, 12, -12, 0] * 5), 44100) < 0.02                                     # octaves are one pitch class
-    assert measure.chroma_change(melody(*([0] * 4 + [6] * 4) * 3), 44100) > 0.8                                  # the chord of two seconds ago is gone
+    assert measure.chroma_change(melody(*[0, 12, -12, 0] * 5), 44100) < 0.02    # octaves are one pitch class
+    # the chord of two seconds ago is gone
+    assert measure.chroma_change(melody(*([0] * 4 + [6] * 4) * 3), 44100) > 0.8
     pause = lambda note: torch.cat([melody(*[note] * 2), torch.zeros(2, 44100)], dim=1)
-    rests = torch.cat([pause(0), pause(6)] * 4, dim=1)                                                           # a second each, a second apart
+    rests = torch.cat([pause(0), pause(6)] * 4, dim=1)    # a second each, a second apart
     assert measure.chroma_change(rests, 44100) > 0.8 and np.isnan(measure.chroma_change(torch.zeros(2, 4 * 44100), 44100))
 
 
 def test_drift_summary_and_its_standard_errors():
-    """By hand: a line's mean, ends and slope; of a mean of numbers the jackknife is the textbook's standard error."""
+    """By hand: a line's mean, ends and slope; of a mean of numbers the jackknife is the textbook's standard
+    error."""
     mean, gap, slope = measure.summary(np.array([5.0, 7, 9, 11]), 30)
     assert (mean, gap) == (8, 6) and slope == pytest.approx(8)                              # 2 every 30 s
-    assert measure.summary(np.arange(20.0), 10)[1] == 17                                    # three of twenty at each end
+    assert measure.summary(np.arange(20.0), 10)[1] == 17    # three of twenty at each end
     x = [3.0, 4.0, 8.0, 1.0]
     both = measure.jackknife(x, lambda x: (np.mean(x), 10 * np.mean(x)))
     assert both == pytest.approx(np.array([1, 10]) * np.std(x, ddof=1) / 2)
@@ -2244,10 +2388,10 @@ def test_distance_by_chance():
     quiet = [0.1 * a for a in alike]
     reference = torch.cat([measure.features(a, 44100) for a in alike])
     whole = measure.by_chance(alike, reference, 3, 10 ** 6, 44100, draws=2)
-    assert max(whole) < 1e-3                                                                # all recordings, whole: the reference itself
+    assert max(whole) < 1e-3    # all recordings, whole: the reference itself
     some = measure.by_chance(alike, reference, 2, 22050, 44100, draws=6)
     assert len(set(some)) > 3 and some == measure.by_chance(alike, reference, 2, 22050, 44100, draws=6)
-    assert min(measure.by_chance(quiet, reference, 3, 10 ** 6, 44100, draws=2)) > 1000      # 20 dB in 64 bands
+    assert min(measure.by_chance(quiet, reference, 3, 10 ** 6, 44100, draws=2)) > 1000    # 20 dB in 64 bands
 
 
 def test_recordings_through_the_autoencoder():
@@ -2256,3 +2400,74 @@ def test_recordings_through_the_autoencoder():
     with torch.no_grad():
         expected = model.autoencoder.decode(model.autoencoder.encode(audio[None]))[0]
     assert (measure.through_autoencoder(model, audio) - expected).abs().max() < 1e-5
+
+
+# -------------------------------------------------------------------------------- the README and docs
+def readme_commands():
+    """Every line of the shell blocks of README and docs that runs one of our scripts or copies a file; what
+    it is piped into is not ours."""
+    text = "".join((HERE / name).read_text() for name in ("README.md", "docs/nano.md", "docs/experiments.md"))
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.S | re.M)
+    lines = [re.sub(r"^OMP_NUM_THREADS=\d+ ", "", part.strip()) for block in blocks
+             for line in block.replace("\\\n", " ").splitlines() for part in line.split("&&")]
+    return [re.sub(r"\s*[|>].*", "", line) for line in lines
+            if re.match(r"(python|torchrun \S+) \w+\.py|cp ", line)]
+
+
+def test_readme_commands(tmp_path, music, call, monkeypatch):
+    """In order, with tiny weights and small numbers. Without public text encoders; the recipe's own tools may
+    be absent."""
+    common.save(tiny(block=48), tmp_path / "nano.pt")       # longer blocks, fewer of them
+    for module in (common, finetune):                       # the shipped nano.pt is what lies beside them
+        monkeypatch.setattr(module, "__file__", str(tmp_path / "here.py"))
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))     # nobody types
+    monkeypatch.setitem(sys.modules, "transformers", None)  # nobody downloads a text encoder
+    for name in ("path/to/music", "data/nano"):
+        shutil.copytree(music, tmp_path / name)
+    shutil.copytree(GOLDEN / "sao_small_tiny", tmp_path / "path/to/stable-audio-open-small")
+    shutil.copy(music / "tone 0.wav", tmp_path / "my_song.ogg")
+    smaller = [(r"--(steps|batch|rollout) \d+", r"--\1 2"), (r"--accumulate \d+", ""),
+               (r"--([dg]-)?warmup \d+", r"--\1warmup 1"), (r"out/(nano_ae|turned).pt", "nano.pt"),
+               (r'"[^"]*marimba"', "tone")]                 # what the tiny model has learned
+    more = {"finetune": " --sample-every 0 --validation-crops 2 --blocks 1 --threads 1",
+            "arc_forcing": " --d-warmup 1 --sample-every 0 --batch 2 --steps 2 --most 2",
+            "sample": " --seconds 0.2 --out played.wav",
+            "measure": " --seeds 2 --seconds 2 --steps 1 --excerpts 2",
+            "bench": " --repeats 1 --threads 2 --steps 1 --regime causal"}
+    commands, ran = readme_commands(), set()
+    assert len(commands) > 10
+    for command in commands:
+        if command.startswith("cp "):
+            shutil.copy(*(tmp_path / name for name in command.split()[1:]))
+            continue
+        name = re.search(r"(\w+)\.py", command)[1]
+        if name == "nano" and not re.search(r"nano.py (pack|evaluate)", command):
+            command = re.sub(r".*nano.py (\w+)", r"python nano.py \1 --help ", command)
+        for pattern, small_ in smaller:
+            command = re.sub(pattern, small_, command)
+        runner, *words = shlex.split(command + more.get(name, "") * ("--help" not in command)
+                                     + " --window 1" * ("--drift" in command))
+        if runner == "torchrun":
+            words[words.index(f"{name}.py")] = str(HERE / f"{name}.py")
+            done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words, "--init",
+                                   "nano.pt"], cwd=tmp_path, capture_output=True, text=True)
+            status, err = done.returncode, done.stderr
+        else:
+            status, err = call(importlib.import_module(name).main, *words[1:])
+        refused = status == 2 and re.search(r"pip install (transformers|matplotlib)", err)
+        assert status == 0 or refused, f"{command}\n{err[-1500:]}"
+        ran.add(name)
+    assert {"sample", "finetune", "arc_forcing", "stable_audio_port", "measure", "nano", "bench"} <= ran
+
+
+def test_walkthrough(monkeypatch):
+    """The notebook's cells, but for those that need a notebook or matplotlib: its claims hold for the shipped
+    model."""
+    monkeypatch.chdir(HERE)
+    cells, names = json.loads((HERE / "walkthrough.ipynb").read_text())["cells"], {}
+    for source in ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"):
+        if "IPython" not in source and "matplotlib" not in source:
+            exec(source.replace("blocks=12", "blocks=3, steps=2").replace("blocks=3, seed",
+                                                                          "blocks=3, steps=2, seed"), names)
+    assert (names["audio"] - names["whole"]).abs().max() < 1e-4
+    assert max((a - b).abs().max() for a, b in zip(names["blocks"], names["slow"])) < 1e-4
