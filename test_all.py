@@ -2406,12 +2406,13 @@ def test_recordings_through_the_autoencoder():
 def readme_commands():
     """Every line of the shell blocks of README and docs that runs one of our scripts or copies a file; what
     it is piped into is not ours."""
-    text = "".join((HERE / name).read_text() for name in ("README.md", "docs/nano.md", "docs/experiments.md"))
+    text = "".join(page.read_text() for page in (HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))))
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.S | re.M)
     lines = [re.sub(r"^OMP_NUM_THREADS=\d+ ", "", part.strip()) for block in blocks
              for line in block.replace("\\\n", " ").splitlines() for part in line.split("&&")]
-    return [re.sub(r"\s*[|>].*", "", line) for line in lines
-            if re.match(r"(python|torchrun \S+) \w+\.py|cp ", line)]
+    commands = [re.sub(r"\s*[|>].*", "", line) for line in lines
+                if re.match(r"(python|torchrun \S+) \w+\.py|cp ", line)]
+    return list(dict.fromkeys(commands))                    # once each
 
 
 def test_readme_commands(tmp_path, music, call, monkeypatch):
