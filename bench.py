@@ -87,6 +87,7 @@ def block_floor(model, cond, context, steps):
     c, batch = model.config, len(cond.tokens)
     x = torch.randn(batch, c.latent_channels, c.block).to(cond.tokens)
     t, H, d = torch.tensor(0.5, device=x.device), c.heads, c.head_width
+    context.predict()
     context.append(x)
     kinds = nn.Linear, Int8Linear, PackedLinear
     passes = [recorded(model.dit.layers, kinds, lambda: context.predict(x, t)) for _ in range(2)]    # first step, later step

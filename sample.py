@@ -64,9 +64,9 @@ class Context:
                 self.append(block)
 
     def append(self, block):
-        """A block (B, C, block) is finished. Block-causal, the one before must be cached: `predict` has done it."""
-        assert not (self.waiting
-                    and self.grows), "a finished block would be lost: call predict() between two blocks"
+        """A block (B, C, block) is finished. Block-causal, `predict` must have cached the one before it."""
+        lost = self.waiting and self.grows
+        assert not lost, "the finished block before this one is not cached: call predict() between two blocks"
         self.finished = torch.cat([self.finished, block.detach()], dim=-1)[..., -self.frames_kept:]
         self.start = self.start + self.model.config.block
         self.waiting = True
