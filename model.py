@@ -38,7 +38,7 @@ class Config:
     ae_multipliers: tuple = (1, 2, 4, 8, 16)
     ae_strides: tuple = (2, 4, 4, 8, 8)
     # conditioning
-    text: str = "t5"    # "t5", or "words": a small table trained with the DiT
+    text: str = "t5"                                        # or "words", a table trained with the DiT
     text_model: str = "t5-base"                             # name or folder of the T5 encoder
     text_tokens: int = 64
     text_width: int = 768                                   # of T5; rows of the table for "words"
@@ -93,8 +93,7 @@ class Config:
         return self.context_blocks * (self.depth if self.causal else 1)
 
     def numbers_for(self, frames):
-        """Values for the number conditioners where `frames` pass through the network: their length, rounded
-        up."""
+        """Values for the number conditioners: the length in seconds, rounded up, of what passes through."""
         seconds = {"seconds_start": 0, "seconds_total": math.ceil(frames / self.frame_rate)}
         return {name: seconds[name] for name, _, _ in self.numbers}
 
@@ -134,10 +133,9 @@ PRESETS = {
 
 # -------------------------------------------------------------------------------- noise
 # A noise level t runs from 0 (music) to 1 (noise). Who takes its levels from where:
-#   playing, rollouts of ARC-Forcing      schedule(steps)
-#   the discriminator's judgements        noise_level(u), u uniform: the law that `schedule` samples evenly
-# finetuning, the discriminator's warm-up   shift_time(u, frames), u uniform, as the public models were
-# trained
+#   playing, rollouts of ARC-Forcing          schedule(steps)
+#   the discriminator's judgements            noise_level(u), u uniform: the law that `schedule` samples evenly
+#   finetuning, the discriminator's warm-up   shift_time(u, frames), u uniform: the public models' training
 def alpha_sigma(t, objective):
     """Weights of signal and noise at level t in [0, 1]: x_t = alpha * x0 + sigma * eps."""
     if objective == "rectified_flow":
@@ -168,8 +166,7 @@ def denoise(x, v, t, objective):
 
 
 def noise_level(u):
-    """The noise level a share u in [0, 1] of the way from noise to music: t = sigmoid(-l), l linear from -6
-    to 2."""
+    """The level at a share u in [0, 1] of the way from noise to music: t = sigmoid(-l), l linear, -6 to 2."""
     return torch.sigmoid(6 - 8 * u)
 
 
@@ -260,8 +257,7 @@ class Autoencoder(nn.Module):
 
 # -------------------------------------------------------------------------------- conditioning
 class Cond(NamedTuple):
-    """What the DiT is told. tokens (B, L, cond_width) go to cross-attention, global_ (B, ·) to the timestep
-    token."""
+    """The condition: tokens (B, L, cond_width) for cross-attention, global_ (B, ·) for the timestep token."""
     tokens: torch.Tensor
     global_: torch.Tensor
 
@@ -285,17 +281,15 @@ class Number(nn.Module):
         return self.linear(features.to(self.linear.weight.dtype))                           # (B, width)
 
 
-# A text encoder is called with B prompts and gives states (B, text_tokens, its width) and a mask (B,
-# text_tokens), True at words. `trains` says whether it is learned with the DiT; one that is not can be asked
-# once per prompt, ahead of training.
+# A text encoder is called with B prompts and gives states (B, text_tokens, its width) and a mask (B, text_tokens),
+# True at words. `trains` says whether it is learned with the DiT; one that is not is asked once per prompt.
 def words_of(prompt):
     """The words and numbers of a prompt, in lower case: what `Words` reads."""
     return re.findall(r"\w+", prompt.lower())
 
 
 class Words(nn.Module):
-    """Words of a prompt, hashed into a table that is trained with the DiT: a text encoder that needs no
-    download."""
+    """Words of a prompt, hashed into a table that is trained with the DiT: nothing to download."""
     trains = True
 
     def __init__(self, rows, width, tokens):
@@ -318,9 +312,8 @@ class Words(nn.Module):
 class T5:
     """The public models' text encoder, frozen. It runs on the CPU in float32 (the public tools: float16).
 
-    It is no part of a checkpoint: `transformers` is imported when the first prompt is encoded. Raises
-    UserError where that package or the encoder is missing, or of another width than the checkpoint
-    expects."""
+    It is no part of a checkpoint: `transformers` is imported when the first prompt is encoded. Raises UserError
+    where that package or the encoder is missing, or where its width is not the checkpoint's."""
     trains = False
 
     def __init__(self, name, width, tokens):
@@ -344,8 +337,7 @@ class T5:
 
 @lru_cache(maxsize=1)
 def load_t5(name):
-    """A folder, or a name in the usual cache -> tokenizer, encoder, kept in memory until `forget_t5`. Raises
-    UserError."""
+    """A folder, or a name in the usual cache -> tokenizer, encoder, kept until `forget_t5`. Raises UserError."""
     try:
         from transformers import AutoTokenizer, T5EncoderModel
     except ImportError as error:
@@ -396,8 +388,7 @@ class Conditioner(nn.Module):
         return states * mask.to(states)[..., None]
 
     def forward(self, text, **numbers):
-        """text: B prompts, or their embeddings (B, L, cond_width). numbers: one value, or B, for each number
-        id.
+        """text: B prompts, or their embeddings (B, L, cond_width). numbers: one value, or B, for each id.
 
         Raises ValueError when a number is missing or unknown."""
         if set(numbers) != set(self.numbers):
@@ -414,8 +405,9 @@ class Conditioner(nn.Module):
 
 # -------------------------------------------------------------------------------- positions and masks
 def rotary(positions, inv_freq):
-    """Positions (N,) -> [cos | cos], [-sin | sin], each (N, 2 * len(inv_freq)). Angles in float64: exact a
-    million frames on."""
+    """Positions (N,) -> [cos | cos], [-sin | sin], each (N, 2 * len(inv_freq)).
+
+    Angles are computed in float64, so that they are still exact a million frames on."""
     angles = torch.outer(positions.double(), inv_freq.double()).remainder(2 * math.pi)
     cos, sin = angles.cos().float(), angles.sin().float()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -444,11 +436,9 @@ def visible(q_block, q_noisy, k_block, k_noisy, context_blocks, causal):
 
 
 class AttentionPlan(NamedTuple):
-    """Who attends to whom in one pass. Tokens come in pieces, a block or a timestep token, whose tokens see
-    alike.
+    """Who attends to whom in one pass. A piece is a block or a timestep token: its tokens see and are seen alike.
 
-    query_sizes, key_sizes: tokens in each piece; groups: [(query pieces, key pieces)] that attend
-    together."""
+    query_sizes, key_sizes: tokens in each piece; groups: [(query pieces, key pieces)] that attend together."""
     query_sizes: list
     key_sizes: list
     groups: list
@@ -456,11 +446,10 @@ class AttentionPlan(NamedTuple):
 
 @lru_cache(maxsize=64)
 def attention_plan(cached, clean, noisy, block, context_blocks, causal):
-    """`visible` for a pass over [cached keys | clean blocks | noisy blocks | a timestep token each], as an
-    AttentionPlan.
+    """`visible` for a pass over [cached keys | clean blocks | noisy blocks | a timestep token each].
 
-    cached, clean, noisy: tuples of block indices. None when everything is seen."""
-    pieces = []    # (block index, is it noisy?, tokens), in the order of the pass
+    cached, clean, noisy: tuples of block indices. Returns an AttentionPlan, or None when everything is seen."""
+    pieces = []                                             # (block index, is it noisy?, tokens), as in the pass
     pieces += [(i, False, block) for i in (*cached, *clean)]
     pieces += [(i, True, block) for i in noisy]
     pieces += [(i, True, 1) for i in noisy]
@@ -471,7 +460,7 @@ def attention_plan(cached, clean, noisy, block, context_blocks, causal):
     mask = visible(index[new:], is_noisy[new:], index, is_noisy, context_blocks, causal)
     if mask.all():
         return None
-    groups = {}    # key pieces -> the query pieces that see just those
+    groups = {}                                             # key pieces -> the query pieces that see them
     for query, row in enumerate(mask.tolist()):
         keys = tuple(key for key, seen in enumerate(row) if seen)
         groups.setdefault(keys, []).append(query)
@@ -633,8 +622,7 @@ class DiT(nn.Module):
 
     def embed_noisy(self, x):                               # (B, C, T) -> (B, T, D)
         x = x.to(self.project_in.weight.dtype)
-        # contiguous, or PyTorch picks the matrix product, and its rounding, by whether weights require
-        # gradients
+        # contiguous, or the matrix product, and its rounding, would depend on whether weights need gradients
         return self.project_in((x + self.conv_in(x)).transpose(1, 2).contiguous())
 
     def embed_clean(self, x):                               # (B, C, T) -> (B, T, D)
@@ -651,15 +639,13 @@ class DiT(nn.Module):
 
     def blocks(self, prompt, noisy=NO_BLOCKS, t=None, clean=NO_BLOCKS, cached=NO_BLOCKS, start=0,
                remat=False):
-        """One pass over [clean blocks | noisy blocks | one timestep token per noisy block], after cached
-        blocks.
+        """One pass over [clean blocks | noisy blocks | one timestep token per noisy block], after cached ones.
 
-        prompt: EncodedPrompt; noisy, clean, cached: Numbered; t (B, n): the noisy blocks' levels; start: the
-        stream's frame at which block 0 begins, a number or a tensor of one; remat: recompute activations in
-        the backward pass instead of keeping them (activation checkpointing).
-        Returns v (B, C, n * block) or None, and each layer's (k, v) of the clean blocks. Every use of the
-        model with context is this pass: training (many noisy blocks), streaming (one), filling the cache
-        (none)."""
+        Every use of the model with context is this pass: training (many noisy blocks), streaming (one), filling
+        the cache (none). prompt: EncodedPrompt; noisy, clean, cached: Numbered; t (B, n): the noisy blocks'
+        levels; start: the stream's frame at which block 0 begins, a number or a tensor of one; remat: recompute
+        activations in the backward pass instead of keeping them (activation checkpointing).
+        Returns v (B, C, n * block) or None, and each layer's (k, v) of the clean blocks."""
         c, device = self.config, prompt.global_.device
         embedded, positions = [], []
         if clean.index:
@@ -674,8 +660,7 @@ class DiT(nn.Module):
         h = torch.cat([y.to(embedded[0].dtype) for y in embedded], dim=1)                   # (B, N, D)
         rope = rotary(torch.cat(positions) + start, self.inv_freq)
 
-        # only differences of numbers matter to who sees whom: counted from the first block there are fewer
-        # plans to keep
+        # only differences of numbers decide who sees whom: counted from the first block, few plans are kept
         first = min((*cached.index, *clean.index, *noisy.index))
         relative = [tuple(i - first for i in blocks.index) for blocks in (cached, clean, noisy)]
         plan = attention_plan(*relative, c.block, c.context_blocks, c.causal)
@@ -690,17 +675,15 @@ class DiT(nn.Module):
         return v, [(k[:, :, :n_clean], v_[:, :, :n_clean]) for k, v_ in keys_values]
 
     def pad_context(self, context):
-        """Missing context is blocks of zeros on the left; encoder-decoder keeps only the last
-        `context_blocks`."""
+        """Missing context becomes zeros on the left; encoder-decoder keeps only the last `context_blocks`."""
         context = F.pad(context, (max(0, self.config.context - context.shape[-1]), 0))
         return context if self.config.causal else context[..., -self.config.context:]
 
     def forward(self, x, t, cond, context=None, remat=False):
         """Predict v for x (B, C, T) at levels t (B,).
 
-        Without context: the public model over a whole clip, any T. With context (B, C, whole blocks): x is
-        the block that follows it. Nothing is cached. Raises ValueError where x or context is not whole
-        blocks."""
+        Without context: the public model over a whole clip, any T. With context (B, C, whole blocks): x is the
+        block that follows it. Nothing is cached. Raises ValueError where either is not whole blocks."""
         if context is None:
             return self.unembed(self.hidden(x, t, cond, None, remat)[:, 1:])
         block = self.config.block
@@ -713,8 +696,9 @@ class DiT(nn.Module):
         return self.blocks(self.encode_prompt(cond), Numbered(x, (n,)), t[:, None], history, remat=remat)[0]
 
     def hidden(self, x, t, cond, layer, remat=False):
-        """The public model's hidden states after `layer` (0-based; None: the last): (B, 1 + T, D), timestep
-        token first."""
+        """Hidden states (B, 1 + T, D), timestep token first, of the public model after `layer`.
+
+        layer: 0-based; None: the last."""
         prompt = self.encode_prompt(cond)
         h = torch.cat([self.embed_time(t[:, None], prompt.global_), self.embed_noisy(x)], dim=1)
         rope = rotary(torch.arange(h.shape[1], device=h.device), self.inv_freq)
@@ -724,8 +708,7 @@ class DiT(nn.Module):
 
 
 def frames_of(index, block, device):
-    """Frame numbers of blocks that follow one another. Counted where the network runs: nothing comes from the
-    host."""
+    """Frame numbers of blocks that follow one another, counted where the network runs."""
     return torch.arange(index[0] * block, (index[-1] + 1) * block, device=device)
 
 

@@ -36,10 +36,9 @@ DEFAULTS = {                                                # by the stage recor
 class Context:
     """The finished blocks that the next block sees, with their keys and values: the KV cache.
 
-    A finished block waits until the next block's first denoising step, whose pass also takes it along, clean,
-    and caches its keys and values. Encoder-decoder: the whole context waits, and the cache is made anew.
-    Without a cache every step runs over all blocks that have any influence. Gradients never enter the
-    context."""
+    A finished block waits until the next block's first denoising step, whose pass also takes it along, clean, and
+    caches its keys and values. Encoder-decoder: the whole context waits, and the cache is computed again. Without
+    a cache every step runs over all blocks that have any influence. Gradients never enter the context."""
 
     def __init__(self, model, prompt, prime, use_cache=True, first=0):
         """prompt: EncodedPrompt, its batch doubled for guidance; prime: latents (B, C, whole blocks, possibly
@@ -48,7 +47,7 @@ class Context:
         self.model = model
         self.prompt = prompt
         self.use_cache = use_cache
-        self.grows = use_cache and c.causal    # block by block, because finished blocks never look ahead
+        self.grows = use_cache and c.causal                 # by one block: a finished one never looks ahead
         blocks_kept = 1 if self.grows else c.context_blocks if use_cache else c.reach_blocks
         self.frames_kept = blocks_kept * c.block
         self.start = first * c.block                        # the next block's first frame
@@ -74,13 +73,12 @@ class Context:
             self.kv = None
 
     def predict(self, x=None, t=None):
-        """v (B, C, block) of the next block x at level t, by one pass over [waiting blocks | x | its timestep
-        token].
+        """v (B, C, block) of the next block x at level t: one pass over [waiting blocks | x | its timestep token].
 
-        With guidance the prompt's batch is doubled, and so is v's. Without x only the cache is filled. Blocks
-        are numbered from the next one, which is 0: the last finished one is -1."""
+        With guidance the prompt's batch is doubled, and so is v's. Without x only the cache is filled. Blocks are
+        numbered from the next one, which is 0: the last finished one is -1."""
         if x is not None and self.use_cache and self.waiting and torch.is_grad_enabled():
-            with torch.no_grad():    # a pass of its own, so that no gradient reaches the context
+            with torch.no_grad():                           # its own pass: no gradient reaches the context
                 self.predict()
         batch, block = len(self.prompt.global_), self.model.config.block
         noisy = clean = cached = NO_BLOCKS
@@ -102,8 +100,8 @@ class Context:
         """Append keys and values of the waiting blocks to the cache and forget what no later block sees."""
         keep = self.model.config.context
         if self.kv is not None:
-            new = [(torch.cat([k, k2], dim=2), torch.cat([v, v2], dim=2)) for (k, v),
-                   (k2, v2) in zip(self.kv, new)]
+            new = [(torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2))
+                   for (k, v), (new_k, new_v) in zip(self.kv, new)]
         self.kv = [(k[:, :, -keep:], v[:, :, -keep:]) for k, v in new]
         self.waiting = False
 
@@ -120,7 +118,7 @@ def denoise_block(predict, x, levels, sampler, objective, draw, cfg=1.0):
     sampler: "euler" keeps the predicted noise, "pingpong" draws fresh noise with draw(), "dpmpp" is Euler
     with x0 extrapolated from the two last predictions (DPM-Solver++ 2M, arXiv 2211.01095). Stopping early is
     passing fewer levels. cfg: guidance; other than 1, predict gives v of the doubled batch (`with_null`)."""
-    previous = None    # "dpmpp": the last x0, and by how much log SNR grew since
+    previous = None                                         # "dpmpp": the last x0, and the growth of log SNR since
     for i, t in enumerate(levels):
         x0, eps = denoise(x, guided(predict(x, t), cfg), t, objective)
         if i + 1 == len(levels):
@@ -151,36 +149,35 @@ def guided(v, cfg):
 
 
 def sampling_settings(model, steps=None, sampler=None, cfg=None):
-    """What the caller names, else what the checkpoint recommends, else the stage's defaults. Raises
-    UserError."""
+    """What the caller names, else what the checkpoint recommends, else its stage's defaults. Raises UserError."""
     settings = {**DEFAULTS.get(model.stage, DEFAULTS["finetune"]), **model.sampling}
     named = dict(steps=steps, sampler=sampler, cfg=cfg)
     settings = {k: settings[k] if v is None else v for k, v in named.items()}
     if settings["sampler"] not in SAMPLERS or settings["steps"] < 1:
-        raise UserError(f"{settings['steps']} steps of {settings['sampler']}: at least 1 of {', '.join(SAMPLERS)}")
+        raise UserError(f"{settings['steps']} steps of {settings['sampler']}: "
+                        f"at least 1 of {', '.join(SAMPLERS)}")
     return settings
 
 
 @torch.no_grad()
 def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed=0, prime=None,
            use_cache=True, change=None):
-    """Yield latent blocks (B, C, block), for ever when `blocks` is None; the first n do not depend on
-    `blocks`.
+    """Yield latent blocks (B, C, block), for ever when `blocks` is None; the first n do not depend on `blocks`.
 
-    prime: latents (B or 1, C, T) to go on from; only its last whole blocks, as many as are still heard,
-    count. steps, sampler and cfg default to what suits the checkpoint's stage. seed: one, or one for each
-    item, which then is the stream of that seed. change: called before each block; gives a new `cond` of the
-    same batch from there on, or None. Finished blocks stay. Block-causal, so do their cached keys and values,
-    made under the old condition (the newest block's only come with the next); encoder-decoder, the context is
-    read anew under the new one, as always."""
+    steps, sampler and cfg default to what suits the checkpoint. seed: one, or one for each item, which then is the
+    stream of that seed. prime: latents (B or 1, C, T) to go on from; of its whole blocks, counted from its end, as
+    many as still have any influence. change: a function, called before each block, that gives a new `cond` of the
+    same batch from there on, or None. Finished blocks stay as they are; block-causal, so do their cached keys and
+    values, made under the old condition (the newest block's only come with the next); encoder-decoder, the context
+    is read again under the new one."""
     settings = sampling_settings(model, steps, sampler, cfg)
     sampler, cfg = settings["sampler"], settings["cfg"]
+    objective = model.config.objective
     device = cond.tokens.device
     levels = schedule(settings["steps"])[:-1].to(device)
-    objective = model.config.objective
-    draw = noise_source(model.config, [seed] if isinstance(seed, int) else seed, len(cond.tokens))
-    context = Context(model, model.dit.encode_prompt(with_null(cond, cfg)),
-                      still_heard(model.config, cond, prime), use_cache)
+    draw = noise_source(model.config, seed, len(cond.tokens), device)
+    prompt = model.dit.encode_prompt(with_null(cond, cfg))
+    context = Context(model, prompt, still_heard(model.config, cond, prime), use_cache)
     make = None
     if speed and device.type == "cuda":
         make = speed.graphed_block(context, denoise_block, levels, sampler, cfg)
@@ -190,25 +187,26 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
         if make:
             x = make(draw)
         else:
-            x = denoise_block(context.predict, draw().to(device), levels, sampler, objective,
-                              lambda: draw().to(device), cfg)
+            x = denoise_block(context.predict, draw(), levels, sampler, objective, draw, cfg)
             context.append(x)
         yield x
 
 
-def noise_source(config, seeds, batch):
-    """A function that draws the next noise (B, C, block) on the CPU, each seed its own items of the batch."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+def noise_source(config, seed, batch, device):
+    """A function that draws the next noise (B, C, block). seed: one, or one for each item of the batch.
+
+    Drawn on the CPU, so that the same seed gives the same noise everywhere."""
+    seeds = [seed] if isinstance(seed, int) else seed
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
     shape = batch // len(seeds), config.latent_channels, config.block
 
     def draw():
-        return torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+        return torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     return draw
 
 
 def still_heard(config, cond, prime):
-    """The end of prime (B or 1, C, T) that has any influence on what follows: (B, C, whole blocks). None: no
-    blocks."""
+    """The end of prime (B or 1, C, T) that influences what follows: (B, C, whole blocks). None: no blocks."""
     if prime is None:
         prime = torch.zeros(1, config.latent_channels, 0)
     frames = min(prime.shape[-1] // config.block, config.reach_blocks) * config.block
