@@ -203,7 +203,7 @@ def draw_batch(tracks, config, batch, blocks, most, rows, seed, phase, step):
     positions, missing, total = rng.random(batch), missing_context(rng, batch, config), config.context_blocks + blocks
     uniform, ks = torch.from_numpy(rng.random(batch)).float(), rng.integers(1, most, blocks, endpoint=True).tolist()
     generator = torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
-    draw = lambda length=c.block: torch.randn(batch, c.latent_channels, length, generator=generator)[rows]
+    draw = lambda length=c.block: torch.randn(batch, c.channels, length, generator=generator)[rows]
     latents, prompts, absent = data.crops_at(tracks, total, c.block, positions[rows])
     others = data.crops_at(tracks, 1, c.block, np.roll(positions, 1)[rows])[1]
     music = torch.ones(len(latents), total)

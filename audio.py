@@ -103,17 +103,19 @@ def encoder_margin(config):
     return math.ceil((reach + 3) / config.hop)
 
 
-def encode_chunks(autoencoder, config, audio_chunks):
-    """Audio tensors (2, n) -> latents (C, n) float32 on the CPU, piece by piece, as if encoded whole."""
+def encode_chunks(model, audio_chunks):
+    """Audio tensors (2, n) -> latents (channels, n) float32 on the CPU, piece by piece, as if encoded
+    whole."""
+    config = model.config
     if speed:
-        speed.lay_out(autoencoder)
-    device = next(autoencoder.parameters()).device
+        speed.lay_out(model.autoencoder)
+    device = next(model.autoencoder.parameters()).device
     margin = encoder_margin(config)
     size = max(margin, round(PIECE * config.frame_rate))
     for piece, left, keep in overlapped(audio_chunks, size * config.hop, margin * config.hop):
         if keep >= config.hop:
             with torch.no_grad():
-                latents = autoencoder.encode(piece[None].to(device))[0]                     # (C, frames)
+                latents = model.encode(piece[None].to(device))[0]    # (channels, frames)
             yield latents[:, left // config.hop:(left + keep) // config.hop].float().cpu()
 
 
@@ -134,7 +136,7 @@ def encode_file(model, file, last=None):
     if last:
         # the last frames hear so much before them
         chunks = [last_samples(chunks, c.hop, last + encoder_margin(c))]
-    latents = list(encode_chunks(model.autoencoder, c, chunks))
+    latents = list(encode_chunks(model, chunks))
     if not latents:
         raise UserError(f"{file}: too short, less than one latent frame")
     return torch.cat(latents, dim=1)[:, -(last or 0):]
@@ -163,7 +165,7 @@ class StreamingDecoder:
     @torch.no_grad()
     def __call__(self, latents, last=False):
         """(B, C, T) -> the audio (B, 2, n) that they settle; with `last` also all that is still inside."""
-        x = latents
+        x = latents[:, :self.layers[0].in_channels]    # what is beside the latents is not for the decoder
         for layer in self.layers:
             x = self.run(layer, x, last)
         return x

@@ -85,7 +85,7 @@ def recorded(module, kinds, job):
 def block_floor(model, cond, context, steps):
     """A function of a block's matrix products and attentions alone."""
     c, batch = model.config, len(cond.tokens)
-    x = torch.randn(batch, c.latent_channels, c.block).to(cond.tokens)
+    x = torch.randn(batch, c.channels, c.block).to(cond.tokens)
     t, H, d = torch.tensor(0.5, device=x.device), c.heads, c.head_width
     context.predict()
     context.append(x)
@@ -126,7 +126,7 @@ def row(preset, causal, steps, batch, args, device, precision):
     c, block_seconds = model.config, model.config.block / model.config.frame_rate
     text = ["moderate arpeggios"] * batch if c.text == "words" else torch.randn(batch, c.text_tokens, c.cond_width, device=device)
     cond = model.conditioner(text, **c.stream_numbers)
-    latents = torch.randn(batch, c.latent_channels, c.context, device=device)
+    latents = torch.randn(batch, c.channels, c.context, device=device)
     block, levels = latents[..., :c.block], schedule(steps)[:-1].to(device)
     window, memory = tuple(range(c.context_blocks)), model.dit.encode_prompt(cond)
     one = batch == 1

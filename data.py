@@ -142,7 +142,10 @@ def fingerprint(model):
     """What latents depend on besides the audio: the encoder's weights, the rate and the strides. 8 hex digits."""
     c = model.config
     crc = zlib.crc32(repr((c.sample_rate, c.audio_channels, c.ae_multipliers, c.ae_strides)).encode())
-    for name, weight in sorted(model.autoencoder.encoder.state_dict().items()):
+    weights = model.autoencoder.encoder.state_dict()
+    if model.sketch is not None:
+        weights |= model.sketch.state_dict(prefix="sketch.")
+    for name, weight in sorted(weights.items()):
         crc = zlib.crc32(weight.float().cpu().contiguous().numpy(), zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
 
@@ -189,10 +192,10 @@ def encode_track(file, path, model, tell):
     for made in path, filled:
         with contextlib.suppress(OSError, ValueError, EOFError):                # absent or damaged
             frames, channels = np.load(made, mmap_mode="r").shape
-            if channels == config.latent_channels and frames >= config.block:   # else it was long enough for shorter blocks
+            if channels == config.channels and frames >= config.block:   # else it was long enough for shorter blocks
                 return made, frames
     parts, frames = [], 0
-    for latents in encode_chunks(model.autoencoder, config, at_least_a_block(file, read_audio(file, config), config)):
+    for latents in encode_chunks(model, at_least_a_block(file, read_audio(file, config), config)):
         parts.append(latents.T.half().numpy())                                  # (n, C)
         frames += len(parts[-1])
         tell(frames / config.frame_rate)

@@ -65,7 +65,7 @@ def draw_batch(tracks, config, batch, blocks, rows, seed, step, shift=0.0):
     rng, c = np.random.default_rng([seed, step]), config
     positions, missing, kept = rng.random(batch), missing_context(rng, batch, c), rng.random(batch) >= 0.1
     generator = torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
-    noise = torch.randn(batch, c.latent_channels, blocks * c.block, generator=generator)
+    noise = torch.randn(batch, c.channels, blocks * c.block, generator=generator)
     t = SobolEngine(1, scramble=True, seed=int(rng.integers(2 ** 31))).draw(batch * blocks).reshape(batch, blocks)
     t = t[:, torch.from_numpy(rng.permutation(blocks))]
     latents, prompts, absent = data.crops_at(tracks, c.context_blocks + blocks, c.block, positions[rows])
@@ -85,7 +85,7 @@ def validation_loss(model, tracks, texts, args, device, precision):
     """The loss on fixed crops, noise and levels, with context and prompts: comparable between steps and runs."""
     c, blocks, count = model.config, args.blocks, args.validation_crops
     latents, prompts, absent = data.fixed_crops(tracks, c.context_blocks + blocks, c.block, count)
-    noise = torch.randn(count, c.latent_channels, blocks * c.block, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(count, c.channels, blocks * c.block, generator=torch.Generator().manual_seed(0))
     t = shift_time((torch.arange(count * blocks) * 0.618034 + 0.5) % 1, c.window).reshape(count, blocks)
     weights, total, size = block_weights(absent, c, blocks), 0.0, max(1, args.batch // args.accumulate)
     for rows in (slice(i, i + size) for i in range(0, count, size)):

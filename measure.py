@@ -121,7 +121,7 @@ def make_streams(model, prompts, seconds, args):
 
 def through_autoencoder(model, audio):
     """Audio (2, n) encoded and decoded again: what the best streams of such latents would sound like. Whole frames, on the CPU."""
-    device, latents = next(model.parameters()).device, data.encode_chunks(model.autoencoder, model.config, [audio])
+    device, latents = next(model.parameters()).device, data.encode_chunks(model, [audio])
     return torch.cat([piece[0].cpu() for piece in decode_stream(model.autoencoder, (z[None].to(device) for z in latents))], dim=-1)
 
 

@@ -37,6 +37,9 @@ class Config:
     ae_width: int = 128
     ae_multipliers: tuple = (1, 2, 4, 8, 16)
     ae_strides: tuple = (2, 4, 4, 8, 8)
+    # what the DiT makes beside the latents, 0 in public models (`Sketch`)
+    pitch_channels: int = 0
+    level_channels: int = 0
     # conditioning
     text: str = "t5"                                        # or "words", a table trained with the DiT
     text_model: str = "t5-base"                             # name or folder of the T5 encoder
@@ -52,6 +55,7 @@ class Config:
     heads: int = 8                                          # H
     project_cond: bool = True                               # project conditioning tokens to D
     qk_norm: bool = True
+    beats: bool = False                                     # can be told tempo and place in the bar
     objective: str = "rectified_flow"                       # or "v"
     # the stream
     block: int = 48                                         # frames made at once
@@ -63,6 +67,11 @@ class Config:
     def hop(self):
         """Audio samples per latent frame."""
         return math.prod(self.ae_strides)
+
+    @property
+    def channels(self):
+        """What the DiT makes: latents, then channels of pitch, then of loudness."""
+        return self.latent_channels + self.pitch_channels + self.level_channels
 
     @property
     def frame_rate(self):
@@ -119,22 +128,21 @@ def as_tuple(value):
     return tuple(as_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
-PRESETS = {
-    "nano": Config(ae_width=16, ae_strides=(4, 4, 4, 4, 4), text="words", text_tokens=16, text_width=1024,
-                   cond_width=128, width=256, depth=6, heads=4),
-    "sao_small": Config(),
-    "sao_1_0": Config(text_tokens=128, numbers=(("seconds_start", 0, 512), ("seconds_total", 0, 512)),
-                      cross_ids=("prompt", "seconds_start", "seconds_total"),
-                      global_ids=("seconds_start", "seconds_total"),
-                      width=1536, depth=24, heads=24, project_cond=False, qk_norm=False,
-                      objective="v", clip=1024),
-}
+PRESETS = {"nano": Config(ae_width=16, ae_strides=(4, 4, 4, 4, 4), text="words", text_tokens=16,
+                          text_width=1024, cond_width=128, width=256, depth=6, heads=4),
+           "sao_small": Config(), "sao_1_0": Config(text_tokens=128,
+                                                    numbers=(("seconds_start", 0, 512),
+                                                             ("seconds_total", 0, 512)),
+                                                    cross_ids=("prompt", "seconds_start", "seconds_total"),
+                                                    global_ids=("seconds_start", "seconds_total"), width=1536,
+                                                    depth=24, heads=24, project_cond=False, qk_norm=False,
+                                                    objective="v", clip=1024)}
 
 
 # -------------------------------------------------------------------------------- noise
 # A noise level t runs from 0 (music) to 1 (noise). Who takes its levels from where:
 #   playing, rollouts of ARC-Forcing          schedule(steps)
-#   the discriminator's judgements            noise_level(u), u uniform: the law that `schedule` samples evenly
+# the discriminator's judgements            noise_level(u), u uniform: the law that `schedule` samples evenly
 #   finetuning, the discriminator's warm-up   shift_time(u, frames), u uniform: the public models' training
 def alpha_sigma(t, objective):
     """Weights of signal and noise at level t in [0, 1]: x_t = alpha * x0 + sigma * eps."""
@@ -251,8 +259,67 @@ class Autoencoder(nn.Module):
         return self.posterior(audio)[0]
 
     def decode(self, latents):
-        """(B, C, T) -> audio (B, 2, T * hop), not clipped."""
-        return self.decoder(latents)
+        """(B, C, T) -> audio (B, 2, T * hop), not clipped. Further channels are passed over."""
+        return self.decoder(latents[:, :self.decoder[0].in_channels])
+
+
+class Sketch(nn.Module):
+    """Plain pitch and loudness of audio, one column a latent frame: what can be read, drawn, hummed, and
+    given.
+
+    Log energies of 60 semitones of the mid signal, relative to each other, become `pitch_channels`; those of
+    12 bands of mid and of side become `level_channels`. `fit` finds the principal components once; a
+    checkpoint holds them. That a diffusion model makes such channels beside its latents: arXiv 2504.16064
+    (for pictures)."""
+    window = 8192                                           # samples, centred on the latent frame
+    lowest = 36                                             # MIDI number of the lowest semitone
+
+    def __init__(self, config):
+        super().__init__()
+        self.hop = config.hop
+        self.sizes = config.pitch_channels, config.level_channels
+        self.register_buffer("mean", torch.zeros(60 + 24))
+        self.register_buffer("directions", torch.zeros(sum(self.sizes), 60 + 24))
+        bins = torch.arange(self.window // 2 + 1)
+        frequencies = bins * config.sample_rate / self.window
+        number = 69 + 12 * torch.log2(frequencies.clamp(min=1) / 440)           # MIDI, of each bin
+        distance = number - torch.arange(self.lowest, self.lowest + 60)[:, None]
+        semitones = torch.exp(-0.5 * (distance / 0.35) ** 2)
+        edges = torch.exp(torch.linspace(math.log(4), math.log(0.8 * len(bins)), 13)).long()
+        bands = ((bins >= edges[:-1, None]) & (bins < edges[1:, None])).float()
+        self.register_buffer("semitones", semitones / semitones.sum(1, keepdim=True), persistent=False)
+        self.register_buffer("bands", bands / bands.sum(1, keepdim=True), persistent=False)
+
+    def features(self, audio):
+        """(B, 2, n) -> log energies (B, 84, n / hop): semitones, bands of mid, bands of side."""
+        mid, side = audio.mean(1), (audio[:, 0] - audio[:, 1]) / 2
+        both = F.pad(torch.stack([mid, side], 1), 2 * [(self.window - self.hop) // 2])       # (B, 2, samples)
+        window = torch.hann_window(self.window, device=audio.device)
+        spectra = torch.stft(both.flatten(0, 1), self.window, self.hop, window=window, center=False,
+                             return_complex=True)
+        mid, side = spectra.abs().unflatten(0, (-1, 2)).unbind(1)    # (B, bins, frames)
+        pitch = (self.semitones @ mid + 1e-2).log()
+        pitch = pitch - pitch.mean(1, keepdim=True)
+        level = [(self.bands @ x.square() + 1e-4).log() for x in (mid, side)]
+        return torch.cat([pitch, *level], dim=1)
+
+    @torch.no_grad()
+    def fit(self, features):
+        """Principal components of features (N, 84), scaled half way to equal spread, 1 on the whole."""
+        self.mean.copy_(features.mean(0))
+        self.directions.zero_()
+        first = 0
+        for columns, count in zip((slice(0, 60), slice(60, 84)), self.sizes):
+            spread, components = torch.linalg.eigh(torch.cov((features[:, columns] - self.mean[columns]).T))
+            spread = spread.flip(0)[:count].clamp(min=1e-6).sqrt()
+            scale = (spread * spread.mean()).sqrt()
+            self.directions[first:first + count, columns] = components.T.flip(0)[:count] / scale[:, None]
+            first += count
+
+    def forward(self, audio):
+        """(B, 2, samples) -> (B, pitch_channels + level_channels, samples / hop)."""
+        audio = audio[..., :audio.shape[-1] // self.hop * self.hop]
+        return self.directions @ (self.features(audio) - self.mean[:, None])
 
 
 # -------------------------------------------------------------------------------- conditioning
@@ -281,8 +348,9 @@ class Number(nn.Module):
         return self.linear(features.to(self.linear.weight.dtype))                           # (B, width)
 
 
-# A text encoder is called with B prompts and gives states (B, text_tokens, its width) and a mask (B, text_tokens),
-# True at words. `trains` says whether it is learned with the DiT; one that is not is asked once per prompt.
+# A text encoder is called with B prompts and gives states (B, text_tokens, its width) and a mask (B,
+# text_tokens), True at words. `trains` says whether it is learned with the DiT; one that is not is asked once
+# per prompt.
 def words_of(prompt):
     """The words and numbers of a prompt, in lower case: what `Words` reads."""
     return re.findall(r"\w+", prompt.lower())
@@ -312,8 +380,8 @@ class Words(nn.Module):
 class T5:
     """The public models' text encoder, frozen. It runs on the CPU in float32 (the public tools: float16).
 
-    It is no part of a checkpoint: `transformers` is imported when the first prompt is encoded. Raises UserError
-    where that package or the encoder is missing, or where its width is not the checkpoint's."""
+    It is no part of a checkpoint: `transformers` is imported when the first prompt is encoded. Raises
+    UserError where that package or the encoder is missing, or where its width is not the checkpoint's."""
     trains = False
 
     def __init__(self, name, width, tokens):
@@ -337,7 +405,8 @@ class T5:
 
 @lru_cache(maxsize=1)
 def load_t5(name):
-    """A folder, or a name in the usual cache -> tokenizer, encoder, kept until `forget_t5`. Raises UserError."""
+    """A folder, or a name in the usual cache -> tokenizer, encoder, kept until `forget_t5`. Raises
+    UserError."""
     try:
         from transformers import AutoTokenizer, T5EncoderModel
     except ImportError as error:
@@ -403,6 +472,16 @@ class Conditioner(nn.Module):
                     torch.cat([parts[name][:, 0] for name in self.config.global_ids], dim=-1))
 
 
+def beat_features(bpm, bar):
+    """Tempo in beats a minute and place in the bar in [0, 1), tensors of one shape -> (..., 18), what
+    `beat_in` reads.
+
+    A 1, the tempo on a log scale, and the place as circles of a bar, its halves, thirds, ... sixteenths."""
+    angles = 2 * math.pi * bar[..., None] * torch.tensor([1, 2, 3, 4, 6, 8, 12, 16], device=bar.device)
+    steady = torch.stack([torch.ones_like(bpm), torch.log2(bpm / 100)], dim=-1)
+    return torch.cat([steady, angles.sin(), angles.cos()], dim=-1).float()
+
+
 # -------------------------------------------------------------------------------- positions and masks
 def rotary(positions, inv_freq):
     """Positions (N,) -> [cos | cos], [-sin | sin], each (N, 2 * len(inv_freq)).
@@ -436,9 +515,11 @@ def visible(q_block, q_noisy, k_block, k_noisy, context_blocks, causal):
 
 
 class AttentionPlan(NamedTuple):
-    """Who attends to whom in one pass. A piece is a block or a timestep token: its tokens see and are seen alike.
+    """Who attends to whom in one pass. A piece is a block or a timestep token: its tokens see and are seen
+    alike.
 
-    query_sizes, key_sizes: tokens in each piece; groups: [(query pieces, key pieces)] that attend together."""
+    query_sizes, key_sizes: tokens in each piece; groups: [(query pieces, key pieces)] that attend
+    together."""
     query_sizes: list
     key_sizes: list
     groups: list
@@ -448,8 +529,9 @@ class AttentionPlan(NamedTuple):
 def attention_plan(cached, clean, noisy, block, context_blocks, causal):
     """`visible` for a pass over [cached keys | clean blocks | noisy blocks | a timestep token each].
 
-    cached, clean, noisy: tuples of block indices. Returns an AttentionPlan, or None when everything is seen."""
-    pieces = []                                             # (block index, is it noisy?, tokens), as in the pass
+    cached, clean, noisy: tuples of block indices. Returns an AttentionPlan, or None when everything is
+    seen."""
+    pieces = []    # (block index, is it noisy?, tokens), as in the pass
     pieces += [(i, False, block) for i in (*cached, *clean)]
     pieces += [(i, True, block) for i in noisy]
     pieces += [(i, True, 1) for i in noisy]
@@ -583,7 +665,7 @@ class DiT(nn.Module):
     """Stable Audio's "continuous transformer", and the same weights run over blocks with context."""
     def __init__(self, config):
         super().__init__()
-        C, D = config.latent_channels, config.width
+        C, D = config.channels, config.width
         self.config = config
         self.time_frequencies = nn.Parameter(torch.randn(128))
         self.time_embed = mlp(256, D, bias=True)
@@ -598,6 +680,10 @@ class DiT(nn.Module):
         inv_freq = [10000.0 ** (-i / rotated) for i in range(0, rotated, 2)]
         self.register_buffer("inv_freq", torch.tensor(inv_freq))
         self.context_in = nn.Linear(1 + C, D, bias=False)
+        self.beat_in = None
+        if config.beats:
+            self.beat_in = nn.Linear(18, D, bias=False)
+            nn.init.zeros_(self.beat_in.weight)
         for conv in (self.conv_in, self.conv_out):
             nn.init.zeros_(conv.weight)
         self.reset_context_in()
@@ -628,23 +714,26 @@ class DiT(nn.Module):
     def embed_clean(self, x):                               # (B, C, T) -> (B, T, D)
         return self.context_in(F.pad(x.transpose(1, 2), (1, 0), value=1.0).to(self.context_in.weight.dtype))
 
-    def embed_time(self, t, global_):                       # (B, n), (B, D) -> (B, n, D)
+    def embed_time(self, t, global_, beat=None):            # (B, n), (B, D), (B, n, 18) -> (B, n, D)
         angles = 2 * math.pi * t[..., None].float() * self.time_frequencies.float()
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)                          # (B, n, 256)
-        return self.time_embed(features.to(global_.dtype)) + global_[:, None]
+        token = self.time_embed(features.to(global_.dtype)) + global_[:, None]
+        return token if beat is None else token + self.beat_in(beat.to(token.dtype))
 
     def unembed(self, h):                                   # (B, T, D) -> (B, C, T)
         v = self.project_out(h).transpose(1, 2)
         return v + self.conv_out(v)
 
-    def blocks(self, prompt, noisy=NO_BLOCKS, t=None, clean=NO_BLOCKS, cached=NO_BLOCKS, start=0,
+    def blocks(self, prompt, noisy=NO_BLOCKS, t=None, clean=NO_BLOCKS, cached=NO_BLOCKS, start=0, beat=None,
                remat=False):
-        """One pass over [clean blocks | noisy blocks | one timestep token per noisy block], after cached ones.
+        """One pass over [clean blocks | noisy blocks | one timestep token per noisy block], after cached
+        ones.
 
-        Every use of the model with context is this pass: training (many noisy blocks), streaming (one), filling
-        the cache (none). prompt: EncodedPrompt; noisy, clean, cached: Numbered; t (B, n): the noisy blocks'
-        levels; start: the stream's frame at which block 0 begins, a number or a tensor of one; remat: recompute
-        activations in the backward pass instead of keeping them (activation checkpointing).
+        Every use of the model with context is this pass: training (many noisy blocks), streaming (one),
+        filling the cache (none). prompt: EncodedPrompt; noisy, clean, cached: Numbered; t (B, n): the noisy
+        blocks' levels; start: the stream's frame at which block 0 begins, a number or a tensor of one; beat
+        (B, n, 18): `beat_features` where each noisy block begins, zeros or None where nothing is known of it;
+        remat: recompute activations in the backward pass instead of keeping them (activation checkpointing).
         Returns v (B, C, n * block) or None, and each layer's (k, v) of the clean blocks."""
         c, device = self.config, prompt.global_.device
         embedded, positions = [], []
@@ -653,7 +742,7 @@ class DiT(nn.Module):
             positions.append(frames_of(clean.index, c.block, device))
         if noisy.index:
             embedded.append(self.embed_noisy(noisy.data))
-            embedded.append(self.embed_time(t, prompt.global_))
+            embedded.append(self.embed_time(t, prompt.global_, beat))
             positions.append(frames_of(noisy.index, c.block, device))
             # a timestep token rides one before the first frame of its block's window, as in the public model
             positions.append(frames_of(noisy.index, c.block, device)[::c.block] - c.context - 1)
@@ -679,11 +768,11 @@ class DiT(nn.Module):
         context = F.pad(context, (max(0, self.config.context - context.shape[-1]), 0))
         return context if self.config.causal else context[..., -self.config.context:]
 
-    def forward(self, x, t, cond, context=None, remat=False):
-        """Predict v for x (B, C, T) at levels t (B,).
+    def forward(self, x, t, cond, context=None, beat=None, remat=False):
+        """Predict v for x (B, C, T) at levels t (B,). beat (B, 1, 18): `beat_features`, with context only.
 
-        Without context: the public model over a whole clip, any T. With context (B, C, whole blocks): x is the
-        block that follows it. Nothing is cached. Raises ValueError where either is not whole blocks."""
+        Without context: the public model over a whole clip, any T. With context (B, C, whole blocks): x is
+        the block that follows it. Nothing is cached. Raises ValueError where either is not whole blocks."""
         if context is None:
             return self.unembed(self.hidden(x, t, cond, None, remat)[:, 1:])
         block = self.config.block
@@ -693,7 +782,8 @@ class DiT(nn.Module):
         context = self.pad_context(context)
         n = context.shape[-1] // block
         history = Numbered(context, tuple(range(n)))
-        return self.blocks(self.encode_prompt(cond), Numbered(x, (n,)), t[:, None], history, remat=remat)[0]
+        return self.blocks(self.encode_prompt(cond), Numbered(x, (n,)), t[:, None], history, beat=beat,
+                           remat=remat)[0]
 
     def hidden(self, x, t, cond, layer, remat=False):
         """Hidden states (B, 1 + T, D), timestep token first, of the public model after `layer`.
@@ -724,5 +814,11 @@ class LMDM(nn.Module):
         self.stage = stage
         self.sampling = sampling or {}
         self.autoencoder = Autoencoder(config)
+        self.sketch = Sketch(config) if config.channels > config.latent_channels else None
         self.conditioner = Conditioner(config)
         self.dit = DiT(config)
+
+    def encode(self, audio):
+        """(B, 2, samples) -> latents, and the sketch's channels where there are some: (B, channels, T)."""
+        latents = self.autoencoder.encode(audio)
+        return latents if self.sketch is None else torch.cat([latents, self.sketch(audio)], dim=1)

@@ -14,6 +14,7 @@ import os
 import select
 import sys
 import time
+from typing import NamedTuple
 
 import soundfile
 import torch
@@ -22,7 +23,8 @@ from tqdm import tqdm
 from audio import decode_stream, decoder_margin, encode_file, open_output, pcm
 from common import (PRECISIONS, UserError, default_checkpoint, device_of, discard_output, finite, load,
                     needs_speed, playing_precision, positive, random_seed, run, speed, whole)
-from model import NO_BLOCKS, Cond, Numbered, add_noise, alpha_sigma, denoise, forget_t5, schedule, words_of
+from model import (NO_BLOCKS, Cond, Numbered, add_noise, alpha_sigma, beat_features, denoise, forget_t5,
+                   schedule, words_of)
 
 SAMPLERS = "euler", "dpmpp", "pingpong"
 DEFAULTS = {                                                # by the stage recorded in the checkpoint
@@ -36,9 +38,10 @@ DEFAULTS = {                                                # by the stage recor
 class Context:
     """The finished blocks that the next block sees, with their keys and values: the KV cache.
 
-    A finished block waits until the next block's first denoising step, whose pass also takes it along, clean, and
-    caches its keys and values. Encoder-decoder: the whole context waits, and the cache is computed again. Without
-    a cache every step runs over all blocks that have any influence. Gradients never enter the context."""
+    A finished block waits until the next block's first denoising step, whose pass also takes it along, clean,
+    and caches its keys and values. Encoder-decoder: the whole context waits, and the cache is computed again.
+    Without a cache every step runs over all blocks that have any influence. Gradients never enter the
+    context."""
 
     def __init__(self, model, prompt, prime, use_cache=True, first=0):
         """prompt: EncodedPrompt, its batch doubled for guidance; prime: latents (B, C, whole blocks, possibly
@@ -52,6 +55,7 @@ class Context:
         self.frames_kept = blocks_kept * c.block
         self.start = first * c.block                        # the next block's first frame
         self.kv = None                                      # cached: per layer (k, v)
+        self.beat = None                                    # of the next block: `beat_features` (B, 1, 18)
         self.waiting = False                                # are there finished latents that are not cached?
         self.finished = prime[..., :0]                      # latents of the last `frames_kept` frames
         blocks = list(prime.split(c.block, dim=-1)) if prime.shape[-1] else []
@@ -73,15 +77,17 @@ class Context:
             self.kv = None
 
     def predict(self, x=None, t=None):
-        """v (B, C, block) of the next block x at level t: one pass over [waiting blocks | x | its timestep token].
+        """v (B, C, block) of the next block x at level t: one pass over [waiting blocks | x | its timestep
+        token].
 
-        With guidance the prompt's batch is doubled, and so is v's. Without x only the cache is filled. Blocks are
-        numbered from the next one, which is 0: the last finished one is -1."""
+        With guidance the prompt's batch is doubled, and so is v's. Without x only the cache is filled. Blocks
+        are numbered from the next one, which is 0: the last finished one is -1."""
         if x is not None and self.use_cache and self.waiting and torch.is_grad_enabled():
             with torch.no_grad():                           # its own pass: no gradient reaches the context
                 self.predict()
         batch, block = len(self.prompt.global_), self.model.config.block
         noisy = clean = cached = NO_BLOCKS
+        beat = None if x is None or self.beat is None else repeated(self.beat, batch)
         if x is not None:
             noisy = Numbered(repeated(x, batch), (0,))
             t = t.expand(batch, 1)
@@ -91,7 +97,7 @@ class Context:
         if self.kv is not None:
             n_cached = self.kv[0][0].shape[2] // block
             cached = Numbered(self.kv, tuple(range(-n_waiting - n_cached, -n_waiting)))
-        v, keys_values = self.model.dit.blocks(self.prompt, noisy, t, clean, cached, self.start)
+        v, keys_values = self.model.dit.blocks(self.prompt, noisy, t, clean, cached, self.start, beat)
         if self.waiting and self.use_cache:
             self.remember(keys_values)
         return None if v is None else v.float()             # in bf16 the network runs, not the sampler
@@ -111,18 +117,38 @@ def repeated(x, batch):
     return x if len(x) == batch else x.repeat(batch // len(x), 1, 1)
 
 
+class Given(NamedTuple):
+    """What is known of a block before it is made: channels that are not the model's to choose, as in
+    inpainting.
+
+    values (B, channels, T); mask (channels, 1): True where they are given; until: the noise level (a tensor
+    of one) down to which they are. At 0 the block gets just these values, above it the model may stray in its
+    last steps."""
+    values: torch.Tensor
+    mask: torch.Tensor
+    until: torch.Tensor
+
+    def hold(self, x, t, noise, objective):
+        """x at level t with the given channels in place, under this noise."""
+        return torch.where(self.mask & (t >= self.until), add_noise(self.values, noise, t, objective), x)
+
+
 @torch.no_grad()
-def denoise_block(predict, x, levels, sampler, objective, draw, cfg=1.0):
+def denoise_block(predict, x, levels, sampler, objective, draw, cfg=1.0, given=None):
     """From noise x (B, C, T) to x0, evaluating predict(x, t) -> v at each of `levels`, falling from 1.
 
     sampler: "euler" keeps the predicted noise, "pingpong" draws fresh noise with draw(), "dpmpp" is Euler
     with x0 extrapolated from the two last predictions (DPM-Solver++ 2M, arXiv 2211.01095). Stopping early is
-    passing fewer levels. cfg: guidance; other than 1, predict gives v of the doubled batch (`with_null`)."""
-    previous = None                                         # "dpmpp": the last x0, and the growth of log SNR since
+    passing fewer levels. cfg: guidance; other than 1, predict gives v of the doubled batch (`with_null`).
+    given: `Given`, or None."""
+    noise = x
+    previous = None    # "dpmpp": the last x0, and the growth of log SNR since
     for i, t in enumerate(levels):
+        if given is not None:
+            x = given.hold(x, t, noise, objective)
         x0, eps = denoise(x, guided(predict(x, t), cfg), t, objective)
         if i + 1 == len(levels):
-            return x0
+            return x0 if given is None else given.hold(x0, torch.zeros_like(t), noise, objective)
         if sampler != "dpmpp":
             x = add_noise(x0, eps if sampler == "euler" else draw(), levels[i + 1], objective)
             continue
@@ -149,7 +175,8 @@ def guided(v, cfg):
 
 
 def sampling_settings(model, steps=None, sampler=None, cfg=None):
-    """What the caller names, else what the checkpoint recommends, else its stage's defaults. Raises UserError."""
+    """What the caller names, else what the checkpoint recommends, else its stage's defaults. Raises
+    UserError."""
     settings = {**DEFAULTS.get(model.stage, DEFAULTS["finetune"]), **model.sampling}
     named = dict(steps=steps, sampler=sampler, cfg=cfg)
     settings = {k: settings[k] if v is None else v for k, v in named.items()}
@@ -161,15 +188,18 @@ def sampling_settings(model, steps=None, sampler=None, cfg=None):
 
 @torch.no_grad()
 def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed=0, prime=None,
-           use_cache=True, change=None):
-    """Yield latent blocks (B, C, block), for ever when `blocks` is None; the first n do not depend on `blocks`.
+           use_cache=True, change=None, beat=None, sketch=None):
+    """Yield latent blocks (B, C, block), for ever when `blocks` is None; the first n do not depend on
+    `blocks`.
 
-    steps, sampler and cfg default to what suits the checkpoint. seed: one, or one for each item, which then is the
-    stream of that seed. prime: latents (B or 1, C, T) to go on from; of its whole blocks, counted from its end, as
-    many as still have any influence. change: a function, called before each block, that gives a new `cond` of the
-    same batch from there on, or None. Finished blocks stay as they are; block-causal, so do their cached keys and
-    values, made under the old condition (the newest block's only come with the next); encoder-decoder, the context
-    is read again under the new one."""
+    steps, sampler and cfg default to what suits the checkpoint. seed: one, or one for each item, which then
+    is the stream of that seed. prime: latents (B or 1, C, T) to go on from; of its whole blocks, counted from
+    its end, as many as still have any influence. change: a function, called before each block, that gives a
+    new `cond` of the same batch from there on, or None. Finished blocks stay as they are; block-causal, so do
+    their cached keys and values, made under the old condition (the newest block's only come with the next);
+    encoder-decoder, the context is read again under the new one. beat, sketch: functions of the number of a
+    block, 0 the first: beat gives tempo in bpm and the place in the bar where it begins, in [0, 1), or None;
+    sketch gives a `Given`, or None."""
     settings = sampling_settings(model, steps, sampler, cfg)
     sampler, cfg = settings["sampler"], settings["cfg"]
     objective = model.config.objective
@@ -181,15 +211,33 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
     make = None
     if speed and device.type == "cuda":
         make = speed.graphed_block(context, denoise_block, levels, sampler, cfg)
-    for _ in itertools.count() if blocks is None else range(blocks):
+    for number in itertools.count() if blocks is None else range(blocks):
         if change is not None and (new := change()) is not None:
             context.prompt = model.dit.encode_prompt(with_null(new, cfg))
+        if beat is not None:
+            context.beat = told_beat(beat(number), len(cond.tokens), device)
+        given = None if sketch is None else sketch(number)
         if make:
-            x = make(draw)
+            x = make(draw, given)
         else:
-            x = denoise_block(context.predict, draw(), levels, sampler, objective, draw, cfg)
+            x = denoise_block(context.predict, draw(), levels, sampler, objective, draw, cfg, given)
             context.append(x)
         yield x
+
+
+def told_beat(beat, batch, device):
+    """(tempo in bpm, place in the bar) or None -> `beat_features` (batch, 1, 18); zeros where nothing is
+    told."""
+    if beat is None:
+        return torch.zeros(batch, 1, 18, device=device)
+    bpm, bar = (torch.full((batch, 1), float(number), dtype=torch.float64, device=device) for number in beat)
+    return beat_features(bpm, bar)
+
+
+def steady_beat(config, bpm, beats_per_bar=4):
+    """For `stream`: a tempo that stays, the first block beginning a bar."""
+    bars_a_block = config.block / config.frame_rate * bpm / 60 / beats_per_bar
+    return lambda number: (bpm, number * bars_a_block % 1)
 
 
 def noise_source(config, seed, batch, device):
@@ -198,7 +246,7 @@ def noise_source(config, seed, batch, device):
     Drawn on the CPU, so that the same seed gives the same noise everywhere."""
     seeds = [seed] if isinstance(seed, int) else seed
     generators = [torch.Generator().manual_seed(s) for s in seeds]
-    shape = batch // len(seeds), config.latent_channels, config.block
+    shape = batch // len(seeds), config.channels, config.block
 
     def draw():
         return torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
@@ -208,7 +256,7 @@ def noise_source(config, seed, batch, device):
 def still_heard(config, cond, prime):
     """The end of prime (B or 1, C, T) that influences what follows: (B, C, whole blocks). None: no blocks."""
     if prime is None:
-        prime = torch.zeros(1, config.latent_channels, 0)
+        prime = torch.zeros(1, config.channels, 0)
     frames = min(prime.shape[-1] // config.block, config.reach_blocks) * config.block
     return prime[..., prime.shape[-1] - frames:].to(cond.tokens.device).expand(len(cond.tokens), -1, -1)
 
@@ -223,7 +271,7 @@ def clip(model, cond, frames, *, steps=None, sampler=None, cfg=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def draw():
-        return torch.randn(len(cond.tokens), model.config.latent_channels, frames,
+        return torch.randn(len(cond.tokens), model.config.channels, frames,
                            generator=generator).to(device)
 
     def predict(x, t):
@@ -478,7 +526,8 @@ def main():
     bar = tqdm(total=samples and samples / c.sample_rate, unit="s", unit_scale=True, file=sys.stderr,
                disable=args.live or None, bar_format="{l_bar}{bar}| {n:.0f} s, {rate_fmt}")
     if args.compile and args.device != "cpu":
-        # the third piece is compiled and recorded, and one more may be what a recording (--prime) leaves in the decoder
+        # the third piece is compiled and recorded, and one more may be what a recording (--prime) leaves in
+        # the decoder
         pieces = held_back(pieces, 4)
 
     # --- the loop; on Ctrl-C too, what was made is kept

@@ -275,20 +275,30 @@ def graphed_block(context, denoise_block, levels, sampler, cfg):
     objective = context.model.config.objective
     context.start = torch.tensor(context.start, device=context.finished.device)
 
-    def following(state, noise, *prompt):    # `context` is where it works: what it needs of it is handed in
+    def following(state, noise, *told):    # `context` is where it works: what it needs is handed in
         restore(context, state)
-        context.prompt = EncodedPrompt(prompt[0], list(zip(prompt[1::2], prompt[2::2])))
+        told = iter(told)
+        if context.beat is not None:
+            context.beat = next(told)
+        given = type(recorded["given"])(*(next(told)
+                                          for _ in recorded["given"])) if recorded["given"] else None
+        global_, *cross = told
+        context.prompt = EncodedPrompt(global_, list(zip(cross[::2], cross[1::2])))
         x, *fresh = noise
-        x = denoise_block(context.predict, x, levels, sampler, objective, iter(fresh).__next__, cfg)
+        x = denoise_block(context.predict, x, levels, sampler, objective, iter(fresh).__next__, cfg, given)
         context.append(x)
         return x, state_of(context)
     graphed = Graphed(following)
+    recorded = {}
     draws = len(levels) if sampler == "pingpong" else 1
 
-    def make(draw):
+    def make(draw, given=None):
         noise = torch.stack([draw() for _ in range(draws)])
-        prompt = [context.prompt.global_, *(y for kv in context.prompt.cross for y in kv)]
-        x, state = graphed(state_of(context), noise, *prompt)
+        recorded["given"] = given
+        told = [] if context.beat is None else [context.beat]
+        told += given or ()
+        told += [context.prompt.global_, *(y for kv in context.prompt.cross for y in kv)]
+        x, state = graphed(state_of(context), noise, *told)
         restore(context, state)
         return x
     return make
@@ -514,7 +524,8 @@ class StreamingDecoder:
     def piece(self, kept, latents, last=False):
         """The same as a function of what the layers have kept, returning what they keep now."""
         self.kept = dict(zip(self.places, kept))
-        audio = self.through(self.layers, latents.to(self.dtype), last).float()
+        audio = self.through(self.layers, latents[:, :self.layers[0].in_channels].to(self.dtype),
+                             last).float()
         return audio, list(self.kept.values())
 
     def through(self, layers, x, last):

@@ -420,11 +420,11 @@ def test_gradient_flows_only_through_last_evaluations(causal):
     graph."""
     model, ks, seen = tiny(causal=causal), [2, 1, 3], []
     plain = model.dit.blocks
-    def spy(prompt, noisy, t, clean, cached, start):
+    def spy(prompt, noisy, t, clean, cached, start, beat):
         if torch.is_grad_enabled():
             graph = noisy.data.requires_grad or any(y.requires_grad for kv in cached.data for y in kv)
             seen.append((noisy.index[0] + start // 6, t[0, 0].item(), clean.data, graph))
-        return plain(prompt, noisy, t, clean, cached, start)
+        return plain(prompt, noisy, t, clean, cached, start, beat)
     model.dit.blocks = spy
     memory = model.dit.encode_prompt(condition(model.requires_grad_()))
     latents, last = arc_forcing.rollout(model, memory, torch.randn(2, 8, 18), LEVELS, ks, noises(0))
@@ -643,6 +643,103 @@ def test_t5_equals_running_it_by_hand(tmp_path):
     assert encoder() is None
     with pytest.raises(UserError, match="cannot load the text encoder"):
         T5(str(tmp_path), None, 64)(prompts)
+
+
+def sketching(**overrides):
+    """A tiny model with everything that public models lack: beats, channels of pitch and of loudness."""
+    model = tiny(pitch_channels=3, level_channels=2, beats=True, ae_strides=(4, 4, 16), **overrides)
+    generator = torch.Generator().manual_seed(0)
+    model.sketch.fit(torch.randn(500, 84, generator=generator) @ torch.randn(84, 84, generator=generator))
+    return model
+
+
+def test_public_models_have_neither_beats_nor_a_sketch():
+    """... and their checkpoints no weights for them."""
+    assert not [name for name in tiny().state_dict() if "beat" in name or "sketch" in name]
+    assert Config().channels == 64 and PRESETS["sao_1_0"].channels == 64
+
+
+def test_sketch_knows_pitch_from_loudness():
+    """The same chord louder: other levels, the same pitch. Another chord as loud: the other way round. In pieces as whole."""
+    model = sketching()
+    sketch = model.sketch
+    t = torch.arange(44100) / 44100
+
+    def chord(*midi, gain=0.1):
+        tone = sum(torch.sin(2 * math.pi * 440 * 2 ** ((m - 69) / 12) * t) for m in midi)
+        return gain * tone.expand(1, 2, -1)
+    middle = slice(60, 80)
+    quiet, loud, other = (sketch.features(x)[0, :, middle].mean(1) for x in
+                          (chord(60, 64, 67), chord(60, 64, 67, gain=0.2), chord(62, 65, 69)))
+    assert quiet[:60].topk(3).indices.sort().values.tolist() == [24, 28, 31]
+    assert (loud[60:72] - quiet[60:72]).max() > 1
+    assert (other[:60] - quiet[:60]).abs().max() > 10 * (loud[:60] - quiet[:60]).abs()[[24, 28, 31]].max()
+    assert (quiet[72:] == quiet[72:].min()).all()           # nothing at the sides
+    music = torch.randn(1, 2, 300 * 256)
+    pieces = torch.cat(list(audio_io.encode_chunks(model, music[0].split(10000, dim=1))), dim=1)
+    whole = model.encode(music)[0]
+    assert whole.shape == (8 + 5, 300) and (pieces - whole).abs().max() < 1e-4
+
+
+def test_sketch_channels_are_principal_components():
+    """Of half-way equal spread, 1 on the whole; pitch and loudness apart, so that one can be given without the other."""
+    sketch = sketching().sketch
+    assert not sketch.directions[:3, 60:].any() and not sketch.directions[3:, :60].any()
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(500, 84, generator=generator) @ torch.randn(84, 84, generator=generator)
+    made = (features - sketch.mean) @ sketch.directions.T
+    covariance = torch.cov(made[:, :3].T)
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-3
+    assert 0.9 < covariance.diag().sqrt().mean() < 1.1
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_beats_are_told_to_the_new_block_alone(causal):
+    """Cached equals uncached with them; a block told nothing is the block of a model that cannot be told."""
+    model = sketching(causal=causal)
+    cond = condition(model)
+    kw = dict(blocks=6, cfg=3.0, sampler="pingpong")
+    beat = sample.steady_beat(model.config, 92)
+    cached, uncached = (latents_of(model, cond, beat=beat, use_cache=use, **kw) for use in (True, False))
+    assert cached.shape[1] == 13 and (cached - uncached).abs().max() < 1e-4
+    silent = latents_of(model, cond, **kw)
+    assert (cached - silent).abs().max() > 1e-2
+    assert torch.equal(latents_of(model, cond, beat=lambda number: None, **kw), silent)
+    prompt, history = model.dit.encode_prompt(cond), Numbered(torch.randn(2, 13, 18), (0, 1, 2))
+    block, t = Numbered(torch.randn(2, 13, 6), (3,)), torch.full((2, 1), 0.5)
+    told = model.dit.blocks(prompt, block, t, history, beat=sample.told_beat((92, 0.25), 2, "cpu"))
+    plain = model.dit.blocks(prompt, block, t, history)
+    assert (told[0] - plain[0]).abs().max() > 1e-3
+    assert all(torch.equal(x, y) for kv, kv2 in zip(told[1], plain[1]) for x, y in zip(kv, kv2))
+
+
+def test_beat_features_go_round_with_the_bar():
+    from model import beat_features
+    bpm = torch.full((3,), 100.0)
+    start, half, next_bar = beat_features(bpm, torch.tensor([0.0, 0.5, 1.0]))
+    assert start.shape == (18,) and start[:2].tolist() == [1, 0]
+    assert torch.allclose(start, next_bar, atol=1e-5) and (start - half).abs().max() > 1
+    bpm, bar = sample.steady_beat(PRESETS["nano"], 60)(2)   # 2 blocks of 48 frames of 1024 samples, 4 beats of a second
+    assert bpm == 60 and bar == pytest.approx(2 * 48 * 1024 / 44100 / 4)
+
+
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+def test_what_is_given_of_a_block_stays(sampler):
+    """To the end, or down to a level, from where the model goes its own way; the other channels follow."""
+    model = sketching()
+    cond = condition(model)
+    values, mask = torch.randn(4, 2, 13, 6), torch.zeros(13, 1, dtype=torch.bool)
+    mask[8:11] = True                                       # the pitch
+
+    def played(until):
+        given = lambda number: sample.Given(values[number], mask, torch.tensor(until))
+        return latents_of(model, cond, 4, steps=4, sampler=sampler, cfg=1.0, sketch=given)
+    free, strict, loose = latents_of(model, cond, 4, steps=4, sampler=sampler, cfg=1.0), played(0.0), played(0.9)
+    wanted = torch.cat(list(values), dim=-1)
+    assert torch.equal(strict[:, 8:11], wanted[:, 8:11])
+    assert (strict[:, :8] - free[:, :8]).abs().max() > 1e-3 and (strict[:, 11:] - wanted[:, 11:]).abs().max() > 0.1
+    assert (loose[:, 8:11] - wanted[:, 8:11]).abs().max() > 1e-3 and (loose - free).abs().max() > 1e-3
+    assert torch.equal(played(2.0), free)                   # no level is that high
 
 
 # -------------------------------------------------------------------------------- common.py: checkpoints
@@ -1014,7 +1111,7 @@ def test_encoding_in_pieces_is_encoding_whole(encoder, monkeypatch):
         with torch.no_grad():
             whole = encoder.autoencoder.encode(x[None])[0]
         for cuts in ([x], x.split(1000, dim=1), x.split(7001, dim=1)):
-            pieces = list(audio_io.encode_chunks(encoder.autoencoder, SMALL_AE, iter(cuts)))
+            pieces = list(audio_io.encode_chunks(encoder, iter(cuts)))
             assert samples < 10000 or len(pieces) > 5
             assert (torch.cat(pieces, dim=1) - whole).abs().max() < 1e-5
 
