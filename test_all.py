@@ -2295,9 +2295,43 @@ def test_autoencoder_training(tmp_path, music, call):
         for stop in stops:
             assert train("c.pt", stop, "--adversary", 1, "--lr", 1e-3) == 0
         states.append(torch.load(tmp_path / "c.pt.train", weights_only=True))
-    assert states[0]["step"] == 2 and states[0]["critic_optimizer"]["state"][0]["step"] == 2
-    for part in ("weights", "critic"):
-        assert all(torch.equal(states[0][part][k], states[1][part][k]) for k in states[0][part])
+    assert states[0]["step"] == 2
+    assert states[0]["critic"]["optimizer"]["state"][0]["step"] == 2
+    for part in ("codec", "critic"):
+        weights, again = states[0][part]["weights"], states[1][part]["weights"]
+        assert all(torch.equal(weights[k], again[k]) for k in weights)
+
+
+def test_the_encoder_is_trained_where_asked_for(tmp_path, music, call):
+    """... and at the end its latents have unit spread, half way to equal loudness, while the audio stays."""
+    common.save(tiny(), tmp_path / "start.pt")
+    status, err = call(nano.main, "autoencoder", "--data", music, music, "--init", "start.pt", "--out",
+                       "a.pt", "--encoder", "--steps", 2, "--batch", 2, "--crop", 8192, "--adversary", 1,
+                       "--critic-from", 0.5, "--device", "cpu")
+    assert status == 0, err
+    start, trained = (sample.load(tmp_path / name).autoencoder for name in ("start.pt", "a.pt"))
+    assert (start.encoder[0].weight - trained.encoder[0].weight).abs().max() > 1e-6
+    audio = 0.3 * torch.randn(4, 2, 64 * TINY.hop)
+    before = start.decode(start.encode(audio))
+    spread = start.encode(audio).std((0, 2))
+    nano.equalize(start, audio)
+    latents = start.encode(audio)
+    inner = slice(20 * TINY.hop, -20 * TINY.hop)            # padding is zero, which now means another latent
+    assert (start.decode(latents) - before)[..., inner].abs().max() < 1e-4
+    assert (latents.mean((0, 2)).abs() < 0.05).all()
+    assert torch.allclose(latents.std((0, 2)), (spread / spread.mean()).sqrt(), rtol=0.05)
+
+
+def test_autoencoder_losses_by_hand():
+    mean, std = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[1.0, math.e]]])
+    assert nano.posterior_loss(mean, std).item() == pytest.approx((0.5 + 0.5 * (math.e ** 2 - 2 - 1)) / 2)
+    tone = 0.1 * torch.sin(torch.arange(16384) / 10).expand(1, 2, -1)
+    assert nano.reconstruction_loss(tone, tone).item() == 0
+    assert nano.reconstruction_loss(1.1 * tone, tone) > 0.1 * nano.WAVEFORM
+    assert nano.log_spectral_distance(torch.zeros_like(tone), 1e-9 * tone) == 0     # below the floor nothing is heard
+    crops = nano.draw_crops([np.ones((9000, 2), np.int16) * 3000] * 2, 50, 8192, 0, 3)
+    assert crops.shape == (50, 2, 8192) and (crops.abs() <= 1).all() and crops.min() < 0 < crops.max()
+    assert torch.equal(crops, nano.draw_crops([np.ones((9000, 2), np.int16) * 3000] * 2, 50, 8192, 0, 3))
 
 
 def test_critic_losses_by_hand():
