@@ -276,7 +276,8 @@ def graphed_block(context, denoise_block, levels, sampler, cfg):
     draws = len(levels) if sampler == "pingpong" else 1
 
     def make(draw):
-        noise = torch.stack([draw() for _ in range(draws)])             # (draws, B, C, block)
+        # (draws, B, C, block)
+        noise = torch.stack([draw() for _ in range(draws)])
         prompt = [context.prompt.global_, *(y for kv in context.prompt.cross for y in kv)]
         x, state = graphed(state_of(context), noise, *prompt)
         restore(context, state)
