@@ -282,11 +282,9 @@ class Number(nn.Module):
         return self.linear(features.to(self.linear.weight.dtype))                           # (B, width)
 
 
-# A text encoder is called with B prompts and gives states (B, text_tokens, its width) and a mask (B, text_tokens),
-# True at words. `trains` says whether it is learned with the DiT; one that is not is asked once per prompt.
 NOTE = "(?:[a-h]|do|ré|re|mi|fa|sol|la|si|ti|ut)"
 WORD = re.compile(rf"""
-    \b{NOTE}(?:m|maj)?\d*[#♭]+\w*                           # c#, f#m7, la♭: an accidental belongs to its note
+    \b{NOTE}(?:m|maj)?\d*[#♭]+\w*                           # c#, f#m7, la♭: an accidental and its note
     | \b\w&\w\b                                             # r&b
     | \d+(?:[./]\d+)+                                       # 92.5, 6/8
     | (?:\w|[\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff\u0e31-\u0e4e])+
@@ -304,6 +302,8 @@ def row_by_hash(word, rows):
     return 1 + zlib.crc32(word.encode()) % rows
 
 
+# A text encoder is called with B prompts and gives states (B, text_tokens, its width) and a mask (B, text_tokens),
+# True at words. `trains` says whether it is learned with the DiT; one that is not is asked once per prompt.
 class Words(nn.Module):
     """Words of a prompt as rows of a table that is trained with the DiT: nothing to download.
 
