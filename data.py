@@ -214,15 +214,17 @@ def decode_text(raw, name, notes):
 def as_text(value):
     """A value of metadata -> one line of text: lists joined by commas, numbers as they are written.
     ValueError for anything else."""
-    if value is None or isinstance(value, float) and math.isnan(value):
+    if value is None:
         return ""
     if isinstance(value, str):
         # half of a pair of surrogates, as JSON can hold it, is no letter
         return " ".join(value.encode("utf-8", "ignore").decode().split())
     if isinstance(value, list):
         return ", ".join(filter(None, map(as_text, value)))
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return f"{value:.10g}"
+    if isinstance(value, float):                            # NaN is how some programs write that there is none
+        return f"{value:.10g}" if math.isfinite(value) else ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
     raise ValueError(f"{str(value)[:40]} is neither text, a number nor a list")
 
 
