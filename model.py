@@ -11,6 +11,7 @@ Sources: Stable Audio Open (arXiv 2407.14358), Live Music Diffusion Models (arXi
 import gc
 import math
 import re
+import unicodedata
 import zlib
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -281,24 +282,68 @@ class Number(nn.Module):
         return self.linear(features.to(self.linear.weight.dtype))                           # (B, width)
 
 
+NOTE = "(?:[a-h]|do|ré|re|mi|fa|sol|la|si|ti|ut)"
+WORD = re.compile(rf"""
+    \b{NOTE}(?:m|maj)?\d*[#♭]+\w*                           # c#, f#m7, la♭: an accidental and its note
+    | \b\w&\w\b                                             # r&b
+    | \d+(?:[./]\d+)+                                       # 92.5, 6/8
+    | (?:\w|[\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff\u0e31-\u0e4e])+
+    """, re.VERBOSE)                                        # the ranges are vowel signs, which \w leaves out
+
+
+def words_of(prompt):
+    """The words and numbers of a prompt, in lower case: what `Words` reads. B♭ and Bb are one word."""
+    text = unicodedata.normalize("NFC", prompt).lower().replace("♯", "#")
+    return WORD.findall(re.sub(r"\b[a-h]♭+", lambda note: note[0].replace("♭", "b"), text))
+
+
+def row_by_hash(word, rows):
+    """1 .. rows. crc32 and not hash(): the same in every Python."""
+    return 1 + zlib.crc32(word.encode()) % rows
+
+
 # A text encoder is called with B prompts and gives states (B, text_tokens, its width) and a mask (B, text_tokens),
 # True at words. `trains` says whether it is learned with the DiT; one that is not is asked once per prompt.
-def words_of(prompt):
-    """The words and numbers of a prompt, in lower case: what `Words` reads."""
-    return re.findall(r"\w+", prompt.lower())
-
-
 class Words(nn.Module):
-    """Words of a prompt, hashed into a table that is trained with the DiT: nothing to download."""
+    """Words of a prompt as rows of a table that is trained with the DiT: nothing to download.
+
+    A word's row comes from its hash. A word that the model has met keeps its row, and the next one whose hash
+    falls there takes the next free row, so no two words that were learned share one while there are rows."""
     trains = True
 
     def __init__(self, rows, width, tokens):
         super().__init__()
         self.tokens = tokens
         self.table = nn.Embedding(rows + 1, width, padding_idx=0)   # row 0: the zero padding
+        self.known = {}                                     # word -> row
 
-    def row_of(self, word):                                 # crc32 and not hash(): the same in every Python
-        return 1 + zlib.crc32(word.encode()) % (self.table.num_embeddings - 1)
+    def remember(self, words):
+        """Take over the words that a checkpoint has met: {word: row}, or a list, whose rows are their hashes
+        (checkpoints written before rows were kept)."""
+        rows = self.table.num_embeddings - 1
+        self.known = dict(words) if isinstance(words, dict) else {w: row_by_hash(w, rows) for w in words}
+
+    def learn(self, prompts):
+        """Give a row of its own to each new word that is read of these prompts. Returns all words met so far,
+        {word: row}. Only when all rows are taken do words share one."""
+        taken = set(self.known.values())
+        for word in sorted({word for prompt in prompts for word in words_of(prompt)[:self.tokens]}):
+            if word not in self.known:
+                self.known[word] = self.free_row(word, taken)
+                taken.add(self.known[word])
+        return dict(sorted(self.known.items()))
+
+    def free_row(self, word, taken):
+        """From the word's hash on, the first row that is not taken."""
+        rows = self.table.num_embeddings - 1
+        first = row_by_hash(word, rows)
+        if len(taken) >= rows:
+            return first
+        return next(row for row in (*range(first, rows + 1), *range(1, first)) if row not in taken)
+
+    def row_of(self, word):
+        """The row of a word; one never met keeps away from the rows of those that were."""
+        return self.known[word] if word in self.known else self.free_row(word, set(self.known.values()))
 
     def forward(self, prompts):
         rows = torch.zeros(len(prompts), self.tokens, dtype=torch.long)
@@ -717,7 +762,7 @@ class LMDM(nn.Module):
 
     stage: "scratch", "autoencoder" (the DiT's weights say nothing yet), "base" (public weights), "finetune"
     or "arc". sampling: the settings the checkpoint recommends, over its stage's defaults, and the words its
-    text encoder has met."""
+    text encoder has met, each with its row of the table."""
     def __init__(self, config, stage="scratch", sampling=None):
         super().__init__()
         self.config = config
@@ -725,4 +770,6 @@ class LMDM(nn.Module):
         self.sampling = sampling or {}
         self.autoencoder = Autoencoder(config)
         self.conditioner = Conditioner(config)
+        if self.conditioner.words is not None:
+            self.conditioner.words.remember(self.sampling.get("words", []))
         self.dit = DiT(config)

@@ -261,7 +261,7 @@ def make_cond(model, prompt, prompt_file, numbers):
         asked = model.sampling.get("prompt", "") if prompt is None else prompt
         prompt = known_words(model, asked)
         if asked and not prompt:
-            words = ", ".join(model.sampling["words"][:20])
+            words = ", ".join(list(model.sampling["words"])[:20])
             raise UserError(f"no word of the prompt {asked!r} is known to this model; it knows {words}")
         return model.conditioner([prompt], **numbers), prompt
     from stable_audio_port import load_prompts

@@ -33,6 +33,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -63,7 +64,7 @@ import stable_audio_port as port
 
 from common import UserError
 from model import (LMDM, PRESETS, T5, Cond, Conditioner, Config, Numbered, SnakeBeta, add_noise, alpha_sigma,
-                   denoise, forget_t5, load_t5, schedule, shift_time, velocity, visible)
+                   denoise, forget_t5, load_t5, schedule, shift_time, velocity, visible, words_of)
 from stable_audio_port import load_stable_audio
 
 # -------------------------------------------------------------------------------- models and helpers for all sections
@@ -1147,6 +1148,201 @@ def test_encode_file(encoder, tmp_path):
         audio_io.encode_file(encoder, tmp_path / "c.wav")
 
 
+def heard(file, config=SMALL_AE):
+    return torch.cat(list(audio_io.read_audio(file, config)), dim=1)
+
+
+def seconds_heard(file):
+    return heard(file).shape[1] / 44100
+
+
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+
+
+def encoded(samples, rate=44100, **options):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, **options)
+    return file.getvalue()
+
+
+def ffmpeg(*args, data=None):
+    return subprocess.run(["ffmpeg", "-v", "error", "-y", *map(str, args)], input=data, capture_output=True,
+                          check=True).stdout
+
+
+def without_first_frame(mp3):
+    """An MP3 without its Xing or Info frame, as recordings of streams are."""
+    return mp3[audio_io.mpeg_frame(mp3[1], mp3[2])[0]:]
+
+
+def late_page(ogg, samples):
+    """An Ogg file with the time stamp of one page in its middle that much late, and its checksum made
+    anew."""
+    starts = [match.start() for match in re.finditer(b"OggS", ogg)]
+    at, end = starts[len(starts) // 2:len(starts) // 2 + 2]
+    page = bytearray(ogg[at:end])
+    page[6:14] = struct.pack("<q", struct.unpack_from("<q", page, 6)[0] + samples)
+    page[22:26] = bytes(4)
+    crc = 0
+    for byte in page:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = (crc << 1 ^ (0x04c11db7 if crc >> 31 else 0)) & 0xffffffff
+    page[22:26] = struct.pack("<I", crc)
+    return ogg[:at] + page + ogg[end:]
+
+
+def spoilt_lengths():
+    """{name: (bytes of a file whose header does not tell its length, seconds of music in it)}."""
+    loud = np.random.default_rng(0).normal(size=(44100, 2)) * 0.2
+    quiet = notes(4)
+    small = encoded(loud, format="MP3", bitrate_mode="CONSTANT", compression_level=0.0)
+    large = encoded(quiet, format="MP3", bitrate_mode="CONSTANT", compression_level=0.9)
+    tag = b"ID3\x03\0\0\0\0\x02\0" + b"\xff" * 256
+    vbr = encoded(np.concatenate([loud, quiet]), format="MP3", bitrate_mode="VARIABLE", compression_level=0.0)
+    wav, flac, ogg = encoded(quiet, format="WAV"), encoded(quiet, format="FLAC"), encoded(quiet, format="OGG")
+    at = wav.index(b"data") + 4
+    return {
+        "joined.mp3": (small + large, 5), "joined with a tag.mp3": (small + tag + large, 5),
+        "stream.mp3": (without_first_frame(vbr), 5), "three.mp3": (tag + small + small + large, 6),
+        "joined.ogg": (ogg + ogg, 8), "joined.flac": (flac + flac, 8),
+        "left behind.wav": (wav[:at] + struct.pack("<I", 4410) + wav[at + 4:], 4),
+        "never written.wav": (wav[:at] + bytes(4) + wav[at + 4:], 4),
+        "unknown.wav": (wav[:at] + b"\xff" * 4 + wav[at + 4:], 4),
+        "late.opus": (late_page(encoded(notes(8, 48000), 48000, format="OGG", subtype="OPUS"), 488), 8),
+        "cut.flac": (flac[:len(flac) // 2], None), "joined.wav": (wav + wav, None)}
+
+
+def test_files_are_read_whole_or_named(tmp_path, monkeypatch):
+    """What their first header says of their length, players do not believe either. Without ffmpeg they are
+    named."""
+    for name, (content, seconds) in spoilt_lengths().items():
+        (tmp_path / name).write_bytes(content)
+        if seconds and (shutil.which("ffmpeg") or name == "unknown.wav"):
+            assert abs(seconds_heard(tmp_path / name) - seconds) < 0.3, name
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "which", lambda program: None)
+            if name != "unknown.wav":
+                with pytest.raises(UserError, match=f"{name}: not readable as audio .*ffmpeg"):
+                    heard(tmp_path / name)
+        if seconds is None:
+            with pytest.raises(UserError, match="damaged, 4.0 of 8.0 s|damaged, 2.0 of 4.0 s|lost sync"):
+                heard(tmp_path / name)
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 24000, 44100, 48000])
+def test_counting_mp3_frames(tmp_path, rate):
+    for options in {}, {"bitrate_mode": "VARIABLE"}, {"compression_level": 0.9}:
+        (tmp_path / "a.mp3").write_bytes(encoded(notes(3, rate), rate, format="MP3", **options))
+        length = audio_io.length_by_counting(tmp_path / "a.mp3")
+        assert -0.3 < length.seconds - 3 < 0.1 and not length.promised
+    cut = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "a.mp3").write_bytes(cut[:len(cut) // 3])
+    assert audio_io.length_by_counting(tmp_path / "a.mp3").promised > 2.9
+
+
+def test_a_file_cut_short_is_named(tmp_path, capsys):
+    for kind in "WAV", "MP3":
+        whole = encoded(notes(3), format=kind)
+        (tmp_path / kind).write_bytes(whole[:len(whole) // 2])
+        assert 1 < seconds_heard(tmp_path / kind) < 2
+        assert re.search(f"{kind}: cut short, 1.. s of the 3.. s", capsys.readouterr().err)
+    heard(save_wav(tmp_path / "whole.wav"))
+    assert capsys.readouterr().err == ""
+
+
+@needs_ffmpeg
+def test_what_libsndfile_cannot_read_goes_through_ffmpeg(tmp_path):
+    wav = encoded(notes(2), format="WAV")
+    for name, *options in (["a.m4a"], ["a.webm"], ["a.aac"], ["a.wma"], ["alac.m4a", "-c:a", "alac"],
+                           ["a.wv"]):
+        ffmpeg("-i", "pipe:0", *options, tmp_path / name, data=wav)
+        assert data.audio_files(tmp_path) == [tmp_path / name]
+        audio = heard(tmp_path / name)
+        assert audio.shape[0] == 2 and abs(audio.shape[1] - 88200) < 4000
+        assert (audio.square().mean() / torch.from_numpy(notes(2)).square().mean() - 1).abs() < 0.1
+        (tmp_path / name).unlink()
+    (tmp_path / "pipe.flac").write_bytes(ffmpeg("-i", "pipe:0", "-f", "flac", "pipe:1", data=wav))
+    assert (heard(tmp_path / "pipe.flac") - torch.from_numpy(notes(2).T)).abs().max() < 1e-4
+    mono = encoded(notes(2, channels=1), format="WAV")          # at its own level, and not 3 dB quieter
+    ffmpeg("-i", "pipe:0", "-c:a", "alac", tmp_path / "mono.m4a", data=mono)
+    assert heard(tmp_path / "mono.m4a").abs().max() == pytest.approx(np.abs(notes(2, channels=1)).max(),
+                                                                     abs=1e-3)
+    ffmpeg("-i", "pipe:0", "-movflags", "faststart", tmp_path / "cut.m4a", data=wav)
+    whole = (tmp_path / "cut.m4a").read_bytes()
+    (tmp_path / "cut.m4a").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.m4a").write_text("no music")
+    for name in "cut.m4a", "text.m4a":
+        with pytest.raises(UserError, match=f"{name}: not readable as audio .*ffmpeg: "):
+            heard(tmp_path / name)
+
+
+def sides_heard(path, channels, config=SMALL_AE, **options):
+    """Loudness (rms) of left and right for a tone in each single channel of a file."""
+    tone = 0.2 * np.sin(np.arange(22050) * 0.1)
+    found = []
+    for channel in range(channels):
+        samples = np.zeros((22050, channels))
+        samples[:, channel] = tone
+        soundfile.write(path, samples, 44100, **options)
+        audio = heard(path, config)[:, 4000:18000]
+        found.append(audio.square().mean(dim=1).sqrt() / 0.1414)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("channels, wav, ogg", [
+    (3, "L R C", "L C R"), (4, "L R l r", "L R l r"), (5, "L R C l r", "L C R l r"),
+    (6, "L R C - l r", "L C R l r -"), (7, "L R C - B l r", "L C R l r B -"),
+    (8, "L R C - l r l r", "L C R l r l r -")])
+def test_surround_is_mixed_by_its_layout(tmp_path, channels, wav, ogg):
+    """L R C: front; l r: behind or beside; B: behind in the middle; -: low frequencies, which are left
+    out."""
+    weights = {"L": (1, 0), "R": (0, 1), "C": (0.7071, 0.7071), "l": (0.7071, 0), "r": (0, 0.7071),
+               "B": (0.5, 0.5), "-": (0, 0)}
+    for kind, order in (("WAV", wav), ("FLAC", wav), ("OGG", ogg)):
+        truth = torch.tensor([weights[place] for place in order.split()])
+        truth = truth / truth.sum(dim=0).max()                  # full scale everywhere stays full scale
+        assert (sides_heard(tmp_path / "a", channels, format=kind) - truth).abs().max() < 0.02, kind
+
+
+def test_a_layout_that_the_file_tells_is_believed(tmp_path, monkeypatch):
+    """The mask of a WAV: front, front, centre, behind in the middle."""
+    soundfile.write(tmp_path / "a.wav", np.eye(4).repeat(11025, axis=0) * 0.5, 44100, format="WAVEX")
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    struct.pack_into("<I", content, content.index(b"fmt ") + 28, 0x107)
+    (tmp_path / "a.wav").write_bytes(content)
+    audio = heard(tmp_path / "a.wav")
+    truth = torch.tensor([[1, 0], [0, 1], [0.7071, 0.7071], [0.5, 0.5]]).T / 2.2071 / 2
+    assert (audio[:, 5000::11025] - truth).abs().max() < 1e-3
+    if shutil.which("ffmpeg"):                                  # which tells the layout too
+        monkeypatch.setattr(audio_io, "through_sndfile",
+                            lambda file: (_ for _ in ()).throw(audio_io.CannotRead("no")))
+        assert (heard(tmp_path / "a.wav") - audio).abs().max() < 1e-4
+
+
+def test_a_model_of_one_channel_hears_both_sides(tmp_path):
+    mono = replace(SMALL_AE, audio_channels=1)
+    assert torch.allclose(sides_heard(tmp_path / "a.wav", 2, mono), torch.tensor([[0.5], [0.5]]), atol=0.01)
+    assert torch.allclose(sides_heard(tmp_path / "a.wav", 1, mono), torch.tensor([[1.0]]), atol=0.01)
+    assert sides_heard(tmp_path / "a.wav", 12).min() > 0.05     # of so many channels none is lost
+
+
+def test_a_level_far_above_full_scale_is_named(tmp_path, capsys):
+    x = notes(1)
+    for factor in 32768, 30:    # samples of 16 bits never divided; a wrong gain
+        soundfile.write(tmp_path / "a.wav", x * factor, 44100, subtype="FLOAT")
+        assert (heard(tmp_path / "a.wav") - torch.from_numpy(x.T / np.abs(x).max())).abs().max() < 1e-5
+        err = capsys.readouterr().err
+        assert f"a.wav: its samples reach {np.abs(x).max() * factor:.4g} times full scale" in err
+    # mixes in float may
+    soundfile.write(tmp_path / "a.wav", x / np.abs(x).max() * 1.5, 44100, subtype="FLOAT")
+    assert heard(tmp_path / "a.wav").abs().max() == pytest.approx(1.5) and capsys.readouterr().err == ""
+    x[7000] = 1e6
+    soundfile.write(tmp_path / "a.wav", x, 44100, subtype="FLOAT")
+    with pytest.raises(UserError, match="a sample of 1e.06 times full scale among quiet ones"):
+        heard(tmp_path / "a.wav")
+
+
 # -------------------------------------------------------------------------------- data.py: files, prompts, latents, crops
 def test_latents_on_disk(encoder, tmp_path):
     save_wav(tmp_path / "music/album/a.wav", 1.2)
@@ -1401,6 +1597,246 @@ def test_fixed_crops(tmp_path):
     assert torch.equal(latents, data.fixed_crops(tracks, 5, 4, 8)[0])
     starts = latents[:6, 0, 0]
     assert ((starts[1:] - starts[:-1] - 71 / 6).abs() < 2).all()
+
+
+def told_by_prepare(folder, model, capsys):
+    """-> the Dataset and what was said, of which the count of files is checked."""
+    capsys.readouterr()
+    dataset = data.prepare(folder, model, folder.parent / "latents")
+    told = capsys.readouterr().err
+    count = re.search(r"(\d+) files found: (\d+) used, (\d+) skipped, (\d+) ignored", told)
+    found, used, skipped, ignored = map(int, count.groups())
+    assert found == used + skipped + ignored
+    assert used == len(dataset.tracks) and skipped == len(dataset.skipped)
+    return dataset, told, found
+
+
+def test_names_that_begin_with_dots(encoder, tmp_path, capsys):
+    folder = tmp_path / "music"
+    for name in ("...And Justice for All/01 Blackened.wav", "...Baby One More Time.wav", ".5.wav",
+                 "..wav.wav", "Other/x.wav", ".git/sound.wav", ".Trash/old/b.wav"):
+        save_wav(folder / name, 0.6)
+    (folder / "...Baby One More Time.txt").write_text("pop")
+    for name in "Other/._x.wav", ".DS_Store", "._cover.jpg", ".gitignore", "cover.jpg", ".git/config":
+        (folder / name).write_bytes(b"\0\5\26\7")
+    dataset, told, found = told_by_prepare(folder, encoder, capsys)
+    assert [t.name for t in dataset.tracks] == ["...And Justice for All/01 Blackened.wav",
+                                                "...Baby One More Time.wav", "..wav.wav", ".5.wav",
+                                                "Other/x.wav"]
+    assert dataset.tracks[1].prompt == "pop" and not dataset.skipped and found == 14
+    assert "hidden folder .Trash: 1 audio files in it are ignored" in told and "._x" not in told
+
+
+def test_a_recording_reached_twice_is_taken_once(encoder, tmp_path, capsys):
+    folder = tmp_path / "music"
+    for i in range(3):
+        save_wav(folder / f"z album/{i}.wav", 0.6, seed=i)
+    save_wav(tmp_path / "elsewhere/far.wav", 0.6, seed=7)
+    for name, target in (("best", "z album"), ("away", tmp_path / "elsewhere"),
+                         ("away too", tmp_path / "elsewhere"), ("loop", "."), ("a.wav", "z album/0.wav"),
+                         ("gone.wav", "nothing"), ("self.wav", "self.wav")):
+        (folder / name).symlink_to(target)
+    os.link(folder / "z album/1.wav", folder / "b.wav")
+    dataset, told, found = told_by_prepare(folder, encoder, capsys)
+    assert [t.name for t in dataset.tracks] == ["away/far.wav", "b.wav", "z album/0.wav", "z album/2.wav"]
+    assert dict(dataset.skipped)["a.wav"] == "the same file as z album/0.wav" and found == 8
+    assert dict(dataset.skipped)["z album/1.wav"] == "the same file as b.wav"
+    for link, place in ("best", "z album"), ("away too", "away"), ("loop", "."):
+        assert f"folder {link} is the same as {place}" in told
+
+
+def test_a_folder_that_cannot_be_listed_is_named(encoder, tmp_path, capsys, monkeypatch):
+    save_wav(tmp_path / "music/a.wav", 0.6)
+    save_wav(tmp_path / "music/secret/b.wav", 0.6)
+    real = os.listdir
+    def listdir(place):
+        if Path(place).name in closed:
+            raise PermissionError(13, "Permission denied", str(place))
+        return real(place)
+    monkeypatch.setattr(os, "listdir", listdir)
+    closed = {"secret"}
+    dataset, told, found = told_by_prepare(tmp_path / "music", encoder, capsys)
+    assert len(dataset.tracks) == found == 1 and "folder secret cannot be listed (Permission denied)" in told
+    closed = {"music"}
+    with pytest.raises(UserError, match="music: cannot be listed"):
+        data.audio_files(tmp_path / "music")
+
+
+def test_held_out_folders_and_lengths(encoder, tmp_path, capsys):
+    for name in "validation", "valid", "Val", "dev", "TEST", "eval":
+        assert data.split(["a.wav", f"x/{name}/b.wav", "c.wav"]) == (["a.wav", "c.wav"], [f"x/{name}/b.wav"])
+    assert "eval.wav" in data.split(["eval.wav", "test/b.wav"])[0]     # a file's name says nothing
+    folder = tmp_path / "music"
+    for name in "train/a.wav", "dev/b.wav", "test/c.wav":
+        save_wav(folder / name, 0.6)
+    dataset, told, _ = told_by_prepare(folder, encoder, capsys)
+    assert [t.name for t in dataset.train] == ["train/a.wav"]
+    assert "by the name of their folder: dev, test" in told
+    for names in ("ab", "abcdef"):    # whichever is the only long one, it is trained on
+        for long in names:
+            tracks = [data.Track(name, "", None, 0, 9000 if name == long else 30) for name in names]
+            train, validation = data.divide(tracks, 4)
+            assert long in [t.name for t in train]
+            assert validation and len(train) + len(validation) == len(names)
+    same = [data.Track(f"{i:03d}.flac", "", None, 0, 100) for i in range(240)]
+    assert [t.name for t in data.divide(same, 4)[1]] == data.split([t.name for t in same])[1]
+
+
+TEXT = "slow café chorale"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-16-le", "utf-32",
+                                      "cp1252"])
+def test_captions_in_any_encoding(tmp_path, encoding):
+    save_wav(tmp_path / "a.wav")
+    notes_ = []
+    (tmp_path / "a.txt").write_bytes(f"{TEXT}\r\n".encode(encoding))
+    assert data.find_prompt(tmp_path / "a.wav", tmp_path, {}, notes_) == (TEXT, "captions")
+    (tmp_path / "metadata.csv").write_bytes(f'file_name;text\r\na.wav;"{TEXT}"\r\n'.encode(encoding))
+    assert data.read_metadata(tmp_path, notes_)["a.wav"] == TEXT
+    assert [("cp1252" in note) for note in notes_] == [True] * 2 * (encoding == "cp1252")
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "a.json").write_bytes(json.dumps({"Caption": TEXT}, ensure_ascii=False).encode(encoding))
+    (tmp_path / "a.txt").unlink()
+    assert data.prompt_of(tmp_path / "a.wav", tmp_path, {}) == TEXT
+
+
+def test_captions_that_are_no_text_are_named(tmp_path):
+    save_wav(tmp_path / "a.wav")
+    for content in ("медленное пианино".encode("cp1251"), "静かなピアノ".encode("shift_jis"), b"slow\0piano",
+                    bytes(40), b"\x81\x8d"):
+        notes_ = []
+        (tmp_path / "a.txt").write_bytes(content)
+        assert data.find_prompt(tmp_path / "a.wav", tmp_path, {}, notes_)[1] == "names"
+        assert "a.txt is not used" in notes_[0]
+        (tmp_path / "metadata.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match="metadata.jsonl: cannot be read"):
+            data.read_metadata(tmp_path)
+        (tmp_path / "metadata.jsonl").unlink()
+
+
+def test_values_of_metadata(tmp_path):
+    save_wav(tmp_path / "a.wav")
+    def prompt(value):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "./a.wav", "text": value}))
+        return data.read_metadata(tmp_path)["a.wav"]
+    for value, text in ((["jazz", "piano", 120], "jazz, piano, 120"), (120, "120"), (92.5, "92.5"),
+                        (120.0, "120"), (None, ""), (["jazz", None, "", ["slow"]], "jazz, slow"),
+                        (" a\n b\t", "a b"), ("\ud83d piano", "piano"), (math.nan, ""),
+                        (10 ** 400, f"1{400 * '0'}")):
+        assert prompt(value) == text
+    for value in {"genre": "jazz"}, True:
+        with pytest.raises(UserError, match="neither text, a number nor a list"):
+            prompt(value)
+    (tmp_path / "metadata.jsonl").unlink()
+    for content in ([{"file_name": "a.wav", "text": ["x", "y"]}], {"a.wav": "x, y"},
+                    {"a.wav": {"text": "x, y", "bpm": 1}}):
+        (tmp_path / "metadata.json").write_text(json.dumps(content))
+        assert data.read_metadata(tmp_path)["a.wav"] == "x, y"
+    notes_ = []
+    (tmp_path / "metadata.json").write_text('{"album": {"year": 1}}')   # another program's
+    assert data.read_metadata(tmp_path, notes_) == {} and "metadata.json is not used" in notes_[0]
+
+
+def test_json_beside_a_track(tmp_path):
+    file = save_wav(tmp_path / "a.wav")
+    for content, prompt in (({"caption": "x", "title": "no"}, "x"), ({"text": ["x", "y"]}, "x, y"),
+                            ({"Prompt": "x"}, "x"), ({"caption": "", "description": "x"}, "x"),
+                            ({"tags": ["x", "y"], "bpm": 90, "sample_rate": 1}, "x, y, 90"),
+                            ({"genre": "x", "moods": [], "key": "C#"}, "x, C#"), ("x", "x"),
+                            (["x", "y"], "x, y")):
+        for name in "a.json", "a.wav.json":
+            (tmp_path / name).write_text(json.dumps(content))
+            assert data.prompt_of(file, tmp_path, {}) == prompt
+            (tmp_path / name).unlink()
+    for content in "{", "[" * 100000, '{"caption": {"en": "x"}}':
+        notes_ = []
+        (tmp_path / "a.json").write_text(content)
+        assert data.find_prompt(file, tmp_path, {}, notes_)[1] == "names"
+        assert "a.json is not used" in notes_[0]
+
+
+def test_names_in_other_unicode_forms(tmp_path):
+    """A Mac writes é as two characters, most editors as one."""
+    one, two = "caf\u00e9", "cafe\u0301"
+    for on_disk, written in ((one, two), (two, one)):
+        folder = tmp_path / on_disk
+        save_wav(folder / f"{on_disk}/{on_disk}.wav")
+        (folder / "metadata.csv").write_text(f"file_name,text\n{written}/{written}.wav,from a row\n")
+        metadata = data.read_metadata(folder)
+        assert data.prompt_of(folder / f"{on_disk}/{on_disk}.wav", folder, metadata) == "from a row"
+        save_wav(folder / f"{on_disk} 2.wav")
+        (folder / f"{written} 2.txt").write_text("from a caption")
+        assert data.prompt_of(folder / f"{on_disk} 2.wav", folder, metadata) == "from a caption"
+        assert not data.find_files(folder).refused
+
+
+def test_where_prompts_came_from(encoder, tmp_path, capsys):
+    folder = tmp_path / "music"
+    for name in "abcdef":
+        save_wav(folder / f"{name}.wav", 0.6)
+    with soundfile.SoundFile(folder / "c.wav", "w", 44100, 2) as f:
+        f.title = "Night Ride"
+        f.write(notes(0.6))
+    (folder / "a.txt").write_text("one two three four five")
+    dataset, told, _ = told_by_prepare(folder, encoder, capsys)
+    assert "prompts: 0 from metadata, 1 from captions, 1 from tags, 4 from names\n" in told
+    assert "1 prompts are longer than the 4 words that the model reads, that of a.wav for one" in told
+    (folder / "metadata.csv").write_text("file_name,text\na.wav,x\nb.wav,y\nf.wav,\nz.wav,z\n")
+    dataset, told, _ = told_by_prepare(folder, encoder, capsys)
+    assert "prompts: 2 from metadata, 0 from captions, 1 from tags, 3 from names; 4 tracks have no text" in told
+    assert "in the metadata, d.wav for one" in told
+    assert "metadata names 1 files that are not there, z.wav" in told
+    for name in "abcdef":
+        (folder / f"{name}.txt").write_text(f"{name}{name} {name}x {name}y {name}z")
+    assert "18 different words for the 16 rows" in told_by_prepare(folder, encoder, capsys)[1]
+
+
+def test_tags_in_other_encodings(tmp_path):
+    """A WAV's title as Windows writes it; a telephone's recording."""
+    title = "Café  Night".encode("cp1252") + b"\0"
+    info = b"INFO" + b"INAM" + struct.pack("<I", len(title)) + title
+    wav = encoded(notes(1), format="WAV") + b"LIST" + struct.pack("<I", len(info)) + info
+    (tmp_path / "a.wav").write_bytes(wav[:4] + struct.pack("<I", len(wav) - 8) + wav[8:])
+    notes_ = []
+    assert data.find_prompt(tmp_path / "a.wav", tmp_path, {}, notes_) == ("Café Night", "tags")
+    assert "title tag of a.wav is not UTF-8" in notes_[0]
+    if shutil.which("ffmpeg"):
+        ffmpeg("-i", tmp_path / "a.wav", "-metadata", "title=01 Café; x=1#", "-metadata", "genre=Jazz",
+               tmp_path / "b.m4a")
+        assert data.find_prompt(tmp_path / "b.m4a", tmp_path, {}, notes_) == ("Café; x=1#, Jazz", "tags")
+
+
+def test_words_keep_their_signs():
+    for prompt, words in (("C# major", "c# major"), ("F♯ minor", "f# minor"), ("A♭ Ab", "ab ab"),
+                          ("R&B", "r&b"), ("B♭m7 Bb", "bbm7 bb"), ("F#m7b5", "f#m7b5"),
+                          ("la♭ mineur", "la♭ mineur"), ("92.5 bpm in 6/8", "92.5 bpm in 6/8"),
+                          ("C#/E♭-minor", "c# eb minor"), ("rock & roll", "rock roll"), ("#1 hit", "1 hit"),
+                          ("cafe\u0301", "café"), ("हिन्दी गाना", "हिन्दी गाना"),
+                          ("slow chorale in C major, 8-bit", "slow chorale in c major 8 bit")):
+        assert words_of(prompt) == words.split()
+
+
+def test_words_that_were_learned_share_no_row(tmp_path):
+    model = tiny()                                              # 64 rows
+    words = model.conditioner.words
+    names = [f"word{i}" for i in range(40)]
+    assert len({words.row_of(name) for name in names}) < 40     # by their hashes alone some would
+    model.sampling["words"] = words.learn([" ".join(names[i:i + 6]) for i in range(0, 20, 6)])
+    first = dict(words.known)
+    common.save(model, tmp_path / "a.pt")
+    loaded = common.load(tmp_path / "a.pt").conditioner.words
+    assert loaded.known == first and [loaded.row_of(name) for name in first] == list(first.values())
+    met = loaded.learn([" ".join(names[i:i + 6]) for i in range(20, 40, 6)])
+    assert len(set(met.values())) == 40 and first.items() <= met.items()    # rows that were learned stay
+    assert loaded.row_of("another") not in met.values()
+    # checkpoints from before rows were kept: a list of words, whose rows are their hashes
+    model.sampling["words"] = ["slow", "piano"]
+    common.save(model, tmp_path / "old.pt")
+    old = common.load(tmp_path / "old.pt").conditioner.words
+    assert old.known == {"slow": 30, "piano": 45}
+    # and when all are taken, they share
+    assert len(set(old.learn([f"a{i}" for i in range(100)]).values())) == 64
 
 
 # -------------------------------------------------------------------------------- sample.py
