@@ -27,7 +27,7 @@ import data
 from audio import WavWriter, decode_stream, pcm
 from common import (UserError, device_of, load, random_seed, read_checkpoint, run, save, speed, training_precision, whole,
                     writable)
-from model import LMDM, PRESETS, Cond, Numbered, add_noise, forget_t5, shift_time, velocity, words_of
+from model import LMDM, PRESETS, Cond, Numbered, add_noise, forget_t5, shift_time, velocity
 from sample import stream
 
 
@@ -272,10 +272,10 @@ def start_model(args):
 
 
 def words_met(model, tracks):
-    """The words whose vectors are no longer random once the model's own text encoder has learned these tracks' prompts too. T5 knows all."""
-    c = model.config
-    read = (w for track in tracks for w in words_of(track.prompt)[:c.text_tokens]) if model.conditioner.text_encoder.trains else ()
-    return sorted({*model.sampling.get("words", []), *read})
+    """The words whose vectors are no longer random once the model's own text encoder has learned these tracks' prompts too,
+    each with its row: see `Words.learn`. T5 knows all."""
+    encoder = model.conditioner.text_encoder
+    return encoder.learn([track.prompt for track in tracks]) if encoder.trains else model.sampling.get("words", [])
 
 
 def learning_rate(step, args):

@@ -11,6 +11,7 @@ Sources: Stable Audio Open (arXiv 2407.14358), Live Music Diffusion Models (arXi
 import gc
 import math
 import re
+import unicodedata
 import zlib
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -37,7 +38,7 @@ class Config:
     ae_width: int = 128
     ae_multipliers: tuple = (1, 2, 4, 8, 16)
     ae_strides: tuple = (2, 4, 4, 8, 8)
-    # what the DiT makes beside the latents, 0 in public models (`Sketch`)
+    # what the DiT makes beside the latents, 0 in public models: controls.py
     pitch_channels: int = 0
     level_channels: int = 0
     # conditioning
@@ -263,65 +264,6 @@ class Autoencoder(nn.Module):
         return self.decoder(latents[:, :self.decoder[0].in_channels])
 
 
-class Sketch(nn.Module):
-    """Plain pitch and loudness of audio, one column a latent frame: what can be read, drawn, hummed, and
-    given.
-
-    Log energies of 60 semitones of the mid signal, relative to each other, become `pitch_channels`; those of
-    12 bands of mid and of side become `level_channels`. `fit` finds the principal components once; a
-    checkpoint holds them. That a diffusion model makes such channels beside its latents: arXiv 2504.16064
-    (for pictures)."""
-    window = 8192                                           # samples, centred on the latent frame
-    lowest = 36                                             # MIDI number of the lowest semitone
-
-    def __init__(self, config):
-        super().__init__()
-        self.hop = config.hop
-        self.sizes = config.pitch_channels, config.level_channels
-        self.register_buffer("mean", torch.zeros(60 + 24))
-        self.register_buffer("directions", torch.zeros(sum(self.sizes), 60 + 24))
-        bins = torch.arange(self.window // 2 + 1)
-        frequencies = bins * config.sample_rate / self.window
-        number = 69 + 12 * torch.log2(frequencies.clamp(min=1) / 440)           # MIDI, of each bin
-        distance = number - torch.arange(self.lowest, self.lowest + 60)[:, None]
-        semitones = torch.exp(-0.5 * (distance / 0.35) ** 2)
-        edges = torch.exp(torch.linspace(math.log(4), math.log(0.8 * len(bins)), 13)).long()
-        bands = ((bins >= edges[:-1, None]) & (bins < edges[1:, None])).float()
-        self.register_buffer("semitones", semitones / semitones.sum(1, keepdim=True), persistent=False)
-        self.register_buffer("bands", bands / bands.sum(1, keepdim=True), persistent=False)
-
-    def features(self, audio):
-        """(B, 2, n) -> log energies (B, 84, n / hop): semitones, bands of mid, bands of side."""
-        mid, side = audio.mean(1), (audio[:, 0] - audio[:, 1]) / 2
-        both = F.pad(torch.stack([mid, side], 1), 2 * [(self.window - self.hop) // 2])       # (B, 2, samples)
-        window = torch.hann_window(self.window, device=audio.device)
-        spectra = torch.stft(both.flatten(0, 1), self.window, self.hop, window=window, center=False,
-                             return_complex=True)
-        mid, side = spectra.abs().unflatten(0, (-1, 2)).unbind(1)    # (B, bins, frames)
-        pitch = (self.semitones @ mid + 1e-2).log()
-        pitch = pitch - pitch.mean(1, keepdim=True)
-        level = [(self.bands @ x.square() + 1e-4).log() for x in (mid, side)]
-        return torch.cat([pitch, *level], dim=1)
-
-    @torch.no_grad()
-    def fit(self, features):
-        """Principal components of features (N, 84), scaled half way to equal spread, 1 on the whole."""
-        self.mean.copy_(features.mean(0))
-        self.directions.zero_()
-        first = 0
-        for columns, count in zip((slice(0, 60), slice(60, 84)), self.sizes):
-            spread, components = torch.linalg.eigh(torch.cov((features[:, columns] - self.mean[columns]).T))
-            spread = spread.flip(0)[:count].clamp(min=1e-6).sqrt()
-            scale = (spread * spread.mean()).sqrt()
-            self.directions[first:first + count, columns] = components.T.flip(0)[:count] / scale[:, None]
-            first += count
-
-    def forward(self, audio):
-        """(B, 2, samples) -> (B, pitch_channels + level_channels, samples / hop)."""
-        audio = audio[..., :audio.shape[-1] // self.hop * self.hop]
-        return self.directions @ (self.features(audio) - self.mean[:, None])
-
-
 # -------------------------------------------------------------------------------- conditioning
 class Cond(NamedTuple):
     """The condition: tokens (B, L, cond_width) for cross-attention, global_ (B, ·) for the timestep token."""
@@ -348,25 +290,69 @@ class Number(nn.Module):
         return self.linear(features.to(self.linear.weight.dtype))                           # (B, width)
 
 
+NOTE = "(?:[a-h]|do|ré|re|mi|fa|sol|la|si|ti|ut)"
+WORD = re.compile(rf"""
+    \b{NOTE}(?:m|maj)?\d*[#♭]+\w*                           # c#, f#m7, la♭: an accidental and its note
+    | \b\w&\w\b                                             # r&b
+    | \d+(?:[./]\d+)+                                       # 92.5, 6/8
+    | (?:\w|[\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff\u0e31-\u0e4e])+
+    """, re.VERBOSE)                                        # the ranges are vowel signs, which \w leaves out
+
+
+def words_of(prompt):
+    """The words and numbers of a prompt, in lower case: what `Words` reads. B♭ and Bb are one word."""
+    text = unicodedata.normalize("NFC", prompt).lower().replace("♯", "#")
+    return WORD.findall(re.sub(r"\b[a-h]♭+", lambda note: note[0].replace("♭", "b"), text))
+
+
+def row_by_hash(word, rows):
+    """1 .. rows. crc32 and not hash(): the same in every Python."""
+    return 1 + zlib.crc32(word.encode()) % rows
+
+
 # A text encoder is called with B prompts and gives states (B, text_tokens, its width) and a mask (B,
 # text_tokens), True at words. `trains` says whether it is learned with the DiT; one that is not is asked once
 # per prompt.
-def words_of(prompt):
-    """The words and numbers of a prompt, in lower case: what `Words` reads."""
-    return re.findall(r"\w+", prompt.lower())
-
-
 class Words(nn.Module):
-    """Words of a prompt, hashed into a table that is trained with the DiT: nothing to download."""
+    """Words of a prompt as rows of a table that is trained with the DiT: nothing to download.
+
+    A word's row comes from its hash. A word that the model has met keeps its row, and the next one whose hash
+    falls there takes the next free row, so no two words that were learned share one while there are rows."""
     trains = True
 
     def __init__(self, rows, width, tokens):
         super().__init__()
         self.tokens = tokens
         self.table = nn.Embedding(rows + 1, width, padding_idx=0)   # row 0: the zero padding
+        self.known = {}                                     # word -> row
 
-    def row_of(self, word):                                 # crc32 and not hash(): the same in every Python
-        return 1 + zlib.crc32(word.encode()) % (self.table.num_embeddings - 1)
+    def remember(self, words):
+        """Take over the words that a checkpoint has met: {word: row}, or a list, whose rows are their hashes
+        (checkpoints written before rows were kept)."""
+        rows = self.table.num_embeddings - 1
+        self.known = dict(words) if isinstance(words, dict) else {w: row_by_hash(w, rows) for w in words}
+
+    def learn(self, prompts):
+        """Give a row of its own to each new word that is read of these prompts. Returns all words met so far,
+        {word: row}. Only when all rows are taken do words share one."""
+        taken = set(self.known.values())
+        for word in sorted({word for prompt in prompts for word in words_of(prompt)[:self.tokens]}):
+            if word not in self.known:
+                self.known[word] = self.free_row(word, taken)
+                taken.add(self.known[word])
+        return dict(sorted(self.known.items()))
+
+    def free_row(self, word, taken):
+        """From the word's hash on, the first row that is not taken."""
+        rows = self.table.num_embeddings - 1
+        first = row_by_hash(word, rows)
+        if len(taken) >= rows:
+            return first
+        return next(row for row in (*range(first, rows + 1), *range(1, first)) if row not in taken)
+
+    def row_of(self, word):
+        """The row of a word; one never met keeps away from the rows of those that were."""
+        return self.known[word] if word in self.known else self.free_row(word, set(self.known.values()))
 
     def forward(self, prompts):
         rows = torch.zeros(len(prompts), self.tokens, dtype=torch.long)
@@ -470,16 +456,6 @@ class Conditioner(nn.Module):
             parts[name] = number(values.expand(len(tokens)))[:, None]    # (B, 1, cond_width)
         return Cond(torch.cat([parts[name] for name in self.config.cross_ids], dim=1),
                     torch.cat([parts[name][:, 0] for name in self.config.global_ids], dim=-1))
-
-
-def beat_features(bpm, bar):
-    """Tempo in beats a minute and place in the bar in [0, 1), tensors of one shape -> (..., 18), what
-    `beat_in` reads.
-
-    A 1, the tempo on a log scale, and the place as circles of a bar, its halves, thirds, ... sixteenths."""
-    angles = 2 * math.pi * bar[..., None] * torch.tensor([1, 2, 3, 4, 6, 8, 12, 16], device=bar.device)
-    steady = torch.stack([torch.ones_like(bpm), torch.log2(bpm / 100)], dim=-1)
-    return torch.cat([steady, angles.sin(), angles.cos()], dim=-1).float()
 
 
 # -------------------------------------------------------------------------------- positions and masks
@@ -732,9 +708,9 @@ class DiT(nn.Module):
         Every use of the model with context is this pass: training (many noisy blocks), streaming (one),
         filling the cache (none). prompt: EncodedPrompt; noisy, clean, cached: Numbered; t (B, n): the noisy
         blocks' levels; start: the stream's frame at which block 0 begins, a number or a tensor of one; beat
-        (B, n, 18): `beat_features` where each noisy block begins, zeros or None where nothing is known of it;
-        remat: recompute activations in the backward pass instead of keeping them (activation checkpointing).
-        Returns v (B, C, n * block) or None, and each layer's (k, v) of the clean blocks."""
+        (B, n, 18): `controls.beat_features` where each noisy block begins, zeros or None where nothing is
+        known of it; remat: recompute activations in the backward pass instead of keeping them (activation
+        checkpointing). Returns v (B, C, n * block) or None, and each layer's (k, v) of the clean blocks."""
         c, device = self.config, prompt.global_.device
         embedded, positions = [], []
         if clean.index:
@@ -769,7 +745,8 @@ class DiT(nn.Module):
         return context if self.config.causal else context[..., -self.config.context:]
 
     def forward(self, x, t, cond, context=None, beat=None, remat=False):
-        """Predict v for x (B, C, T) at levels t (B,). beat (B, 1, 18): `beat_features`, with context only.
+        """Predict v for x (B, C, T) at levels t (B,). beat (B, 1, 18): `controls.beat_features`, with context
+        only.
 
         Without context: the public model over a whole clip, any T. With context (B, C, whole blocks): x is
         the block that follows it. Nothing is cached. Raises ValueError where either is not whole blocks."""
@@ -807,18 +784,18 @@ class LMDM(nn.Module):
 
     stage: "scratch", "autoencoder" (the DiT's weights say nothing yet), "base" (public weights), "finetune"
     or "arc". sampling: the settings the checkpoint recommends, over its stage's defaults, and the words its
-    text encoder has met."""
+    text encoder has met, each with its row of the table."""
     def __init__(self, config, stage="scratch", sampling=None):
         super().__init__()
         self.config = config
         self.stage = stage
         self.sampling = sampling or {}
         self.autoencoder = Autoencoder(config)
-        self.sketch = Sketch(config) if config.channels > config.latent_channels else None
+        if config.channels > config.latent_channels:        # how features become channels: controls.py
+            self.register_buffer("sketch_mean", torch.zeros(84))
+            self.register_buffer("sketch_directions",
+                                 torch.zeros(config.channels - config.latent_channels, 84))
         self.conditioner = Conditioner(config)
+        if self.conditioner.words is not None:
+            self.conditioner.words.remember(self.sampling.get("words", []))
         self.dit = DiT(config)
-
-    def encode(self, audio):
-        """(B, 2, samples) -> latents, and the sketch's channels where there are some: (B, channels, T)."""
-        latents = self.autoencoder.encode(audio)
-        return latents if self.sketch is None else torch.cat([latents, self.sketch(audio)], dim=1)

@@ -14,16 +14,16 @@ import os
 import select
 import sys
 import time
-from typing import NamedTuple
 
 import soundfile
 import torch
 from tqdm import tqdm
 
 from audio import decode_stream, decoder_margin, encode_file, open_output, pcm
+from controls import beat_of
 from common import (PRECISIONS, UserError, default_checkpoint, device_of, discard_output, finite, load,
                     needs_speed, playing_precision, positive, random_seed, run, speed, whole)
-from model import (NO_BLOCKS, Cond, Numbered, add_noise, alpha_sigma, beat_features, denoise, forget_t5,
+from model import (NO_BLOCKS, Cond, Numbered, add_noise, alpha_sigma, denoise, forget_t5,
                    schedule, words_of)
 
 SAMPLERS = "euler", "dpmpp", "pingpong"
@@ -55,7 +55,7 @@ class Context:
         self.frames_kept = blocks_kept * c.block
         self.start = first * c.block                        # the next block's first frame
         self.kv = None                                      # cached: per layer (k, v)
-        self.beat = None                                    # of the next block: `beat_features` (B, 1, 18)
+        self.beat = None                                    # of the next block: `controls.beat_of` (B, 1, 18)
         self.waiting = False                                # are there finished latents that are not cached?
         self.finished = prime[..., :0]                      # latents of the last `frames_kept` frames
         blocks = list(prime.split(c.block, dim=-1)) if prime.shape[-1] else []
@@ -115,22 +115,6 @@ class Context:
 def repeated(x, batch):
     """x (B, C, T) as often as guidance needs it: (batch, C, T)."""
     return x if len(x) == batch else x.repeat(batch // len(x), 1, 1)
-
-
-class Given(NamedTuple):
-    """What is known of a block before it is made: channels that are not the model's to choose, as in
-    inpainting.
-
-    values (B, channels, T); mask (channels, 1): True where they are given; until: the noise level (a tensor
-    of one) down to which they are. At 0 the block gets just these values, above it the model may stray in its
-    last steps."""
-    values: torch.Tensor
-    mask: torch.Tensor
-    until: torch.Tensor
-
-    def hold(self, x, t, noise, objective):
-        """x at level t with the given channels in place, under this noise."""
-        return torch.where(self.mask & (t >= self.until), add_noise(self.values, noise, t, objective), x)
 
 
 @torch.no_grad()
@@ -215,7 +199,7 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
         if change is not None and (new := change()) is not None:
             context.prompt = model.dit.encode_prompt(with_null(new, cfg))
         if beat is not None:
-            context.beat = told_beat(beat(number), len(cond.tokens), device)
+            context.beat = beat_of(beat(number), len(cond.tokens), device)
         given = None if sketch is None else sketch(number)
         if make:
             x = make(draw, given)
@@ -223,21 +207,6 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
             x = denoise_block(context.predict, draw(), levels, sampler, objective, draw, cfg, given)
             context.append(x)
         yield x
-
-
-def told_beat(beat, batch, device):
-    """(tempo in bpm, place in the bar) or None -> `beat_features` (batch, 1, 18); zeros where nothing is
-    told."""
-    if beat is None:
-        return torch.zeros(batch, 1, 18, device=device)
-    bpm, bar = (torch.full((batch, 1), float(number), dtype=torch.float64, device=device) for number in beat)
-    return beat_features(bpm, bar)
-
-
-def steady_beat(config, bpm, beats_per_bar=4):
-    """For `stream`: a tempo that stays, the first block beginning a bar."""
-    bars_a_block = config.block / config.frame_rate * bpm / 60 / beats_per_bar
-    return lambda number: (bpm, number * bars_a_block % 1)
 
 
 def noise_source(config, seed, batch, device):
@@ -309,7 +278,7 @@ def make_cond(model, prompt, prompt_file, numbers):
         asked = model.sampling.get("prompt", "") if prompt is None else prompt
         prompt = known_words(model, asked)
         if asked and not prompt:
-            words = ", ".join(model.sampling["words"][:20])
+            words = ", ".join(list(model.sampling["words"])[:20])
             raise UserError(f"no word of the prompt {asked!r} is known to this model; it knows {words}")
         return model.conditioner([prompt], **numbers), prompt
     from stable_audio_port import load_prompts

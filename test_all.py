@@ -33,6 +33,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -53,6 +54,7 @@ import arc_forcing
 import audio as audio_io
 import band
 import common
+import controls
 import data
 import finetune
 import measure
@@ -63,7 +65,7 @@ import stable_audio_port as port
 
 from common import UserError
 from model import (LMDM, PRESETS, T5, Cond, Conditioner, Config, Numbered, SnakeBeta, add_noise, alpha_sigma,
-                   denoise, forget_t5, load_t5, schedule, shift_time, velocity, visible)
+                   denoise, forget_t5, load_t5, schedule, shift_time, velocity, visible, words_of)
 from stable_audio_port import load_stable_audio
 
 # -------------------------------------------------------------------------------- models and helpers for all sections
@@ -652,7 +654,7 @@ def sketching(**overrides):
     """A tiny model with everything that public models lack: beats, channels of pitch and of loudness."""
     model = tiny(pitch_channels=3, level_channels=2, beats=True, ae_strides=(4, 4, 16), **overrides)
     generator = torch.Generator().manual_seed(0)
-    model.sketch.fit(torch.randn(500, 84, generator=generator) @ torch.randn(84, 84, generator=generator))
+    controls.fit(model, torch.randn(500, 84, generator=generator) @ torch.randn(84, 84, generator=generator))
     return model
 
 
@@ -665,14 +667,13 @@ def test_public_models_have_neither_beats_nor_a_sketch():
 def test_sketch_knows_pitch_from_loudness():
     """The same chord louder: other levels, the same pitch. Another chord as loud: the other way round. In pieces as whole."""
     model = sketching()
-    sketch = model.sketch
     t = torch.arange(44100) / 44100
 
     def chord(*midi, gain=0.1):
         tone = sum(torch.sin(2 * math.pi * 440 * 2 ** ((m - 69) / 12) * t) for m in midi)
         return gain * tone.expand(1, 2, -1)
     middle = slice(60, 80)
-    quiet, loud, other = (sketch.features(x)[0, :, middle].mean(1) for x in
+    quiet, loud, other = (controls.features(x, model.config)[0, :, middle].mean(1) for x in
                           (chord(60, 64, 67), chord(60, 64, 67, gain=0.2), chord(62, 65, 69)))
     assert quiet[:60].topk(3).indices.sort().values.tolist() == [24, 28, 31]
     assert (loud[60:72] - quiet[60:72]).max() > 1
@@ -680,17 +681,17 @@ def test_sketch_knows_pitch_from_loudness():
     assert (quiet[72:] == quiet[72:].min()).all()           # nothing at the sides
     music = torch.randn(1, 2, 300 * 256)
     pieces = torch.cat(list(audio_io.encode_chunks(model, music[0].split(10000, dim=1))), dim=1)
-    whole = model.encode(music)[0]
+    whole = controls.encode(model, music)[0]
     assert whole.shape == (8 + 5, 300) and (pieces - whole).abs().max() < 1e-4
 
 
 def test_sketch_channels_are_principal_components():
     """Of half-way equal spread, 1 on the whole; pitch and loudness apart, so that one can be given without the other."""
-    sketch = sketching().sketch
-    assert not sketch.directions[:3, 60:].any() and not sketch.directions[3:, :60].any()
+    model = sketching()
+    assert not model.sketch_directions[:3, 60:].any() and not model.sketch_directions[3:, :60].any()
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(500, 84, generator=generator) @ torch.randn(84, 84, generator=generator)
-    made = (features - sketch.mean) @ sketch.directions.T
+    made = (features - model.sketch_mean) @ model.sketch_directions.T
     covariance = torch.cov(made[:, :3].T)
     assert (covariance - covariance.diag().diag()).abs().max() < 1e-3
     assert 0.9 < covariance.diag().sqrt().mean() < 1.1
@@ -702,7 +703,7 @@ def test_beats_are_told_to_the_new_block_alone(causal):
     model = sketching(causal=causal)
     cond = condition(model)
     kw = dict(blocks=6, cfg=3.0, sampler="pingpong")
-    beat = sample.steady_beat(model.config, 92)
+    beat = controls.steady_beat(model.config, 92)
     cached, uncached = (latents_of(model, cond, beat=beat, use_cache=use, **kw) for use in (True, False))
     assert cached.shape[1] == 13 and (cached - uncached).abs().max() < 1e-4
     silent = latents_of(model, cond, **kw)
@@ -710,19 +711,18 @@ def test_beats_are_told_to_the_new_block_alone(causal):
     assert torch.equal(latents_of(model, cond, beat=lambda number: None, **kw), silent)
     prompt, history = model.dit.encode_prompt(cond), Numbered(torch.randn(2, 13, 18), (0, 1, 2))
     block, t = Numbered(torch.randn(2, 13, 6), (3,)), torch.full((2, 1), 0.5)
-    told = model.dit.blocks(prompt, block, t, history, beat=sample.told_beat((92, 0.25), 2, "cpu"))
+    told = model.dit.blocks(prompt, block, t, history, beat=controls.beat_of((92, 0.25), 2, "cpu"))
     plain = model.dit.blocks(prompt, block, t, history)
     assert (told[0] - plain[0]).abs().max() > 1e-3
     assert all(torch.equal(x, y) for kv, kv2 in zip(told[1], plain[1]) for x, y in zip(kv, kv2))
 
 
 def test_beat_features_go_round_with_the_bar():
-    from model import beat_features
     bpm = torch.full((3,), 100.0)
-    start, half, next_bar = beat_features(bpm, torch.tensor([0.0, 0.5, 1.0]))
+    start, half, next_bar = controls.beat_features(bpm, torch.tensor([0.0, 0.5, 1.0]))
     assert start.shape == (18,) and start[:2].tolist() == [1, 0]
     assert torch.allclose(start, next_bar, atol=1e-5) and (start - half).abs().max() > 1
-    bpm, bar = sample.steady_beat(PRESETS["nano"], 60)(2)   # 2 blocks of 48 frames of 1024 samples, 4 beats of a second
+    bpm, bar = controls.steady_beat(PRESETS["nano"], 60)(2)   # 2 blocks of 48 frames of 1024 samples, 4 beats of a second
     assert bpm == 60 and bar == pytest.approx(2 * 48 * 1024 / 44100 / 4)
 
 
@@ -735,7 +735,7 @@ def test_what_is_given_of_a_block_stays(sampler):
     mask[8:11] = True                                       # the pitch
 
     def played(until):
-        given = lambda number: sample.Given(values[number], mask, torch.tensor(until))
+        given = lambda number: controls.Given(values[number], mask, torch.tensor(until))
         return latents_of(model, cond, 4, steps=4, sampler=sampler, cfg=1.0, sketch=given)
     free, strict, loose = latents_of(model, cond, 4, steps=4, sampler=sampler, cfg=1.0), played(0.0), played(0.9)
     wanted = torch.cat(list(values), dim=-1)
@@ -777,28 +777,52 @@ def test_loading_fills_no_weights_first(tiny_file):
 
 
 # -------------------------------------------------------------------------------- speed.py
+def in_pieces(model, latents, compile=False):
+    """Latents (B, C, T) -> audio, decoded block by block."""
+    pieces = audio_io.decode_stream(model.autoencoder, latents.split(6, dim=-1), compile)
+    return torch.cat(list(pieces), dim=-1)
+
+
+def off_by(got, want):
+    """How far got is from want, as a share of want's norm."""
+    return (got - want).norm() / want.norm()
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_bf16_is_float32_within_its_error(causal):
-    """bf16 keeps 8 bits: a prediction is off by a few times 2^-8; angles, frequencies and the sampler's state
-    keep all."""
-    model, low, narrow = tiny(causal=causal, ae_width=64), tiny(causal=causal, ae_width=64), tiny(ae_width=16)
-    assert speed.to_precision(narrow, "bf16") == "bf16" and narrow.autoencoder.decoder[0].weight.dtype == torch.float32
-    assert speed.to_precision(model,
-                              "float32") == "float32" and model.dit.project_in.weight.dtype == torch.float32
-    assert speed.to_precision(low, "bf16") == "bf16" and low.dit.project_in.weight.dtype == torch.bfloat16
-    assert [low.autoencoder.decoder[i].weight.dtype for i in (0, -1)] == [torch.bfloat16, torch.float32]
-    assert {low.dit.inv_freq.dtype, low.dit.time_frequencies.dtype,
-            low.conditioner.words.table.weight.dtype} == {torch.float32}
+    """bf16 keeps 8 bits: a prediction is off by a few times 2^-8. Angles, frequencies and the sampler's state
+    stay float32."""
+    narrow = tiny(ae_width=16)
+    assert speed.to_precision(narrow, "bf16") == "bf16"
+    assert narrow.autoencoder.decoder[0].weight.dtype == torch.float32
+    model = tiny(causal=causal, ae_width=64)
+    assert speed.to_precision(model, "float32") == "float32"
+    assert model.dit.project_in.weight.dtype == torch.float32
+    low = tiny(causal=causal, ae_width=64)
+    assert speed.to_precision(low, "bf16") == "bf16"
+    assert low.dit.project_in.weight.dtype == torch.bfloat16
+    assert low.autoencoder.decoder[0].weight.dtype == torch.bfloat16
+    assert low.autoencoder.decoder[-1].weight.dtype == torch.float32
+    for always in low.dit.inv_freq, low.dit.time_frequencies, low.conditioner.words.table.weight:
+        assert always.dtype == torch.float32
+
     kw = dict(steps=2, sampler="euler", cfg=3.0)
-    a, b, uncached = latents_of(model, condition(model), 6, **kw), latents_of(low, condition(low), 6, **kw), \
-        latents_of(low, condition(low), 6, use_cache=False, **kw)
-    assert a.dtype == b.dtype == torch.float32
-    assert 0 < (a - b).norm() / a.norm() < 0.03 and (b - uncached).norm() / a.norm() < 0.03
-    audio, rough = (torch.cat(list(audio_io.decode_stream(m.autoencoder, a.split(6, dim=-1))), dim=-1)
-                    for m in (model, low))
-    assert rough.dtype == torch.float32 and 0 < (audio - rough).norm() / audio.norm() < 0.03
-    assert (rough - rough.bfloat16()).norm() / rough.norm() > 1e-3    # what is heard is not rounded to 8 bits
-    assert (low.autoencoder.decode(a) - rough).norm() / audio.norm() < 0.03 and low.autoencoder.decode(a).dtype == torch.float32
+    latents = latents_of(model, condition(model), 6, **kw)
+    rough = latents_of(low, condition(low), 6, **kw)
+    uncached = latents_of(low, condition(low), 6, use_cache=False, **kw)
+    assert latents.dtype == rough.dtype == torch.float32
+    assert 0 < off_by(rough, latents) < 0.03
+    assert (rough - uncached).norm() / latents.norm() < 0.03
+
+    audio = in_pieces(model, latents)
+    rough_audio = in_pieces(low, latents)
+    assert rough_audio.dtype == torch.float32
+    assert 0 < off_by(rough_audio, audio) < 0.03
+    # what is heard is not rounded to 8 bits
+    assert off_by(rough_audio.bfloat16(), rough_audio) > 1e-3
+    whole = low.autoencoder.decode(latents)
+    assert whole.dtype == torch.float32
+    assert (whole - rough_audio).norm() / audio.norm() < 0.03
 
 
 def test_int8_layer_by_hand():
@@ -806,16 +830,19 @@ def test_int8_layer_by_hand():
     a percent, and inputs that are whole steps come out exact."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 48)
-    layer = speed.Int8Linear(linear)
     x = torch.randn(2, 5, 64)
-    want, got = linear(x), layer(x)
-    assert got.shape == want.shape and 0 < (got - want).norm() / want.norm() < 0.03
-    with torch.no_grad():    # a row a hundred times smaller has a scale of its own
-        linear.weight[0] /= 100
-    want, got = linear(x)[..., 0] - linear.bias[0], speed.Int8Linear(linear)(x)[..., 0] - linear.bias[0]
-    assert (got - want).norm() / want.norm() < 0.05         # with one scale for all rows: 0.2 to 0.7
+    want = linear(x)
+    got = speed.Int8Linear(linear)(x)
+    assert got.shape == want.shape
+    assert 0 < off_by(got, want) < 0.03
     with torch.no_grad():
-        linear.weight.copy_(torch.randint(-127, 128, linear.weight.shape)).T[0] = 127
+        linear.weight[0] /= 100                             # a row a hundred times smaller has its own scale
+    want = linear(x)[..., 0] - linear.bias[0]
+    got = speed.Int8Linear(linear)(x)[..., 0] - linear.bias[0]
+    assert off_by(got, want) < 0.05                         # with one scale for all rows: 0.2 to 0.7
+    with torch.no_grad():
+        linear.weight.copy_(torch.randint(-127, 128, linear.weight.shape))
+        linear.weight[:, 0] = 127
     exact = speed.Int8Linear(linear)
     top = 64 if exact.reduce_range else 128
     x = torch.randint(-top, top, (1, 3, 64)).float()
@@ -831,71 +858,94 @@ def test_int8_is_float32_within_its_error(causal, bf16, monkeypatch):
     """The layers meant to run in integers do, in every block, the others and a wide decoder in bf16 on CPUs
     that have it; the same seed still gives the same stream and its start."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
-    model, low = tiny(causal=causal, ae_width=64), tiny(causal=causal, ae_width=64)
+    model = tiny(causal=causal, ae_width=64)
+    low = tiny(causal=causal, ae_width=64)
     assert speed.to_precision(low, "int8") == "int8"
     half = torch.bfloat16 if bf16 else torch.float32
     types = set()
     for layer in low.dit.layers:
         layer.ff.down.register_forward_hook(lambda _, x, y: types.add((x[0].dtype, y.dtype)))
-    small = {name.split(".", 2)[2] for name, m in low.dit.named_modules() if isinstance(m, speed.Int8Linear)}
+    small = {name.split(".", 2)[2] for name, module in low.dit.named_modules()
+             if isinstance(module, speed.Int8Linear)}
     assert small == {"self_attention.qkv", "self_attention.out", "cross_attention.q", "cross_attention.out",
                      "ff.up"}
     kw = dict(steps=2, sampler="euler", cfg=3.0)
-    a, b = (latents_of(m, condition(m), 6, **kw) for m in (model, low))
-    assert 0 < (a - b).norm() / a.norm() < 0.05
-    assert torch.equal(b[..., :a.shape[-1] // 2], latents_of(low, condition(low), 3, **kw))
-    assert types == {(half, half)} and low.dit.project_in.weight.dtype == torch.float32
-    audio, rough = (torch.cat(list(audio_io.decode_stream(m.autoencoder, a.split(6, dim=-1))), dim=-1)
-                    for m in (model, low))
-    assert low.autoencoder.decoder[0].weight.dtype == half and (audio - rough).norm() / audio.norm() < 0.03
+    latents = latents_of(model, condition(model), 6, **kw)
+    rough = latents_of(low, condition(low), 6, **kw)
+    assert 0 < off_by(rough, latents) < 0.05
+    assert torch.equal(rough[..., :3 * 6], latents_of(low, condition(low), 3, **kw))
+    assert types == {(half, half)}
+    assert low.dit.project_in.weight.dtype == torch.float32
+    assert low.autoencoder.decoder[0].weight.dtype == half
+    assert off_by(in_pieces(low, latents), in_pieces(model, latents)) < 0.03
 
 
-def test_precision_is_chosen_by_asking_the_hardware(monkeypatch):
+@pytest.mark.parametrize("amx,avx512_bf16,avx2,recommended,chosen", [
+    (True, True, True, True, "bf16"),
+    (False, True, True, True, "int8"),
+    (False, True, True, False, "bf16"),
+    (False, False, True, True, "int8"),
+    (False, False, True, False, "float32"),
+    (False, False, False, True, "float32")])
+def test_precision_is_chosen_by_asking_the_hardware(amx, avx512_bf16, avx2, recommended, chosen, monkeypatch):
     """int8 in addition takes a checkpoint for which somebody found that it changes nothing."""
-    for amx, avx512_bf16, avx2, recommended, chosen in ((True, True, True, True, "bf16"),
-                                                        (False, True, True, True, "int8"),
-                                                        (False, True, True, False, "bf16"),
-                                                        (False, False, True, True, "int8"),
-                                                        (False, False, True, False, "float32"),
-                                                        (False, False, False, True, "float32")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-        monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
-        model = tiny()
-        model.sampling["int8"] = recommended
-        assert speed.to_precision(model, "auto") == chosen
-        assert speed.to_precision(tiny(), "float32") == common.training_precision("float32", torch.device("cpu"))[0] == "float32"
-        in_training = common.training_precision("auto", torch.device("cpu"))[0]
-        assert in_training == ("bf16" if avx512_bf16 else "float32")   # int8 is for playing alone
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
+    model = tiny()
+    model.sampling["int8"] = recommended
+    assert speed.to_precision(model, "auto") == chosen
+    assert speed.to_precision(tiny(), "float32") == "float32"
+    cpu = torch.device("cpu")
+    assert common.training_precision("float32", cpu)[0] == "float32"
+    in_training = common.training_precision("auto", cpu)[0]
+    assert in_training == ("bf16" if avx512_bf16 else "float32")        # int8 is for playing alone
+
+
+def tensors_of(prompt):
+    """All tensors of an EncodedPrompt, in the order in which a graph takes them."""
+    return [prompt.global_, *(y for kv in prompt.cross for y in kv)]
+
+
+def equal(some, others):
+    """Are two lists of tensors the same?"""
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_block_and_a_piece_are_functions_of_tensors(causal, monkeypatch):
     """What a CUDA graph is recorded of: all that changes is handed in and handed back, and nothing is written
     where it lies."""
-    model, noise, functions = tiny(causal=causal), torch.randn(3, 2, 8, 6), []
+    model = tiny(causal=causal)
+    functions = []
     monkeypatch.setattr(speed, "Graphed", lambda function: functions.append(function) or function)
-    context = sample.Context(model, model.dit.encode_prompt(condition(model)), torch.zeros(2, 8, 0))
+    prompt = model.dit.encode_prompt(condition(model))
+    context = sample.Context(model, prompt, torch.zeros(2, 8, 0))
     make = speed.graphed_block(context, sample.denoise_block, LEVELS, "pingpong", 1.0)
     decoder = speed.StreamingDecoder(model.autoencoder)
-    draw = lambda: torch.randn(2, 8, 6)
+    draw = noises(1)
     for _ in range(3):
         decoder(make(draw))
-    tensors = lambda prompt: [prompt.global_, *(y for kv in prompt.cross for y in kv)]
-    before, prompt = tensors(context.prompt), tensors(model.dit.encode_prompt(condition(model, "fast", "loud drums")))
+
+    noise = torch.randn(3, 2, 8, 6)
+    other = model.dit.encode_prompt(condition(model, "fast", "loud drums"))
     state = speed.state_of(context)
-    given = [state, noise, *prompt], [list(decoder.kept.values()), noise[0]]
-    assert not torch.equal(functions[0](state, noise, *before)[0], functions[0](*given[0])[0])
-    flat = lambda args: [*args[0], *args[1:]]
-    copies = [[y.clone() for y in flat(args)] for args in given]
-    for function, args, before in zip(functions, given, copies):
-        made, after = function(*args)
+    next_block, piece = functions
+    assert not torch.equal(next_block(state, noise, *tensors_of(prompt))[0],
+                           next_block(state, noise, *tensors_of(other))[0])
+
+    for function, state, inputs in ((next_block, state, [noise, *tensors_of(other)]),
+                                    (piece, list(decoder.kept.values()), [noise[0]])):
+        before = [x.clone() for x in (*state, *inputs)]
+        result, new_state = function(state, *inputs)
         for _ in range(2):                                  # now it has been elsewhere
             decoder(make(draw))
-        again, after2 = function(*args)
-        assert torch.equal(made, again) and all(torch.equal(a, b) for a, b in zip(after, after2, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(before, flat(args), strict=True))
-        assert [y.shape for y in after] == [y.shape for y in args[0]] and not any(torch.equal(a, b) for a, b in zip(after, before))
+        again, new_again = function(state, *inputs)
+        assert torch.equal(result, again)
+        assert equal(new_state, new_again)
+        assert equal(before, [*state, *inputs])
+        assert [x.shape for x in new_state] == [x.shape for x in state]
+        assert not any(torch.equal(new, old) for new, old in zip(new_state, state))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -904,24 +954,58 @@ def test_a_block_and_a_piece_are_functions_of_tensors(causal, monkeypatch):
 def test_graphs_play_what_the_network_plays(causal, cfg, monkeypatch):
     """... on the GPU without a graph, and on the CPU; a new prompt is read, and the end, of another shape, is
     decoded too."""
-    model, recorded = tiny(causal=causal), []
+    model = tiny(causal=causal)
+
     def play(device):
         model.to(device)
-        conds = condition(model), condition(model, "fast drums", "slow")
-        prompts = iter([None] * 6 + [conds[1]] + [None] * 5)
-        blocks = list(sample.stream(model, conds[0], blocks=12, steps=3, sampler="pingpong", cfg=cfg,
+        other = condition(model, "fast drums", "slow")
+        prompts = iter([None] * 6 + [other] + [None] * 5)
+        blocks = list(sample.stream(model, condition(model), blocks=12, steps=3, sampler="pingpong", cfg=cfg,
                                     change=lambda: next(prompts)))
-        return torch.cat([*blocks],
-                         -1).cpu(), torch.cat(list(audio_io.decode_stream(model.autoencoder, blocks)),
-                                              -1).cpu()
-    on_cpu, record = play("cpu"), speed.Graphed.record
-    monkeypatch.setattr(speed.Graphed, "record", lambda self,
-                        *args: recorded.append(1) or record(self, *args))
+        audio = list(audio_io.decode_stream(model.autoencoder, blocks))
+        return torch.cat(blocks, dim=-1).cpu(), torch.cat(audio, dim=-1).cpu()
+    on_cpu = play("cpu")
+    recorded = []
+    record = speed.Graphed.record
+
+    def counted(self, tensors, n):
+        recorded.append(n)
+        record(self, tensors, n)
+    monkeypatch.setattr(speed.Graphed, "record", counted)
     graphed = play("cuda")
     assert len(recorded) == 2                               # blocks, pieces
     monkeypatch.setattr(speed.Graphed, "__call__", lambda self, state, *inputs: self.function(state, *inputs))
-    for made, plain, slow in zip(graphed, play("cuda"), on_cpu):
-        assert (made - plain).abs().max() < 1e-5 * plain.abs().max() and (made - slow).norm() < 1e-2 * slow.norm()
+    for with_graph, without, slow in zip(graphed, play("cuda"), on_cpu):
+        assert (with_graph - without).abs().max() < 1e-5 * without.abs().max()
+        assert (with_graph - slow).norm() < 1e-2 * slow.norm()
+
+
+def test_only_what_is_recorded_is_compiled(monkeypatch):
+    """... and without --compile nothing imports PyTorch's compiler, which takes seconds."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(len(inputs))
+        return graph.forward
+
+    @torch.compile(backend=backend)
+    def double(x):
+        return 2 * x
+    try:
+        torch.compiler.set_stance("force_eager")            # as `speed.compile_layers` does on a GPU
+        double(torch.ones(2))
+        assert not compiled
+        with speed.compiling():
+            double(torch.ones(2))
+        assert len(compiled) == 1
+        double(torch.ones(3))
+        assert len(compiled) == 1
+    finally:
+        torch.compiler.set_stance("default")
+    monkeypatch.delitem(sys.modules, "torch._dynamo")
+    monkeypatch.setattr(torch.compiler, "set_stance", None)
+    with speed.compiling():
+        pass
 
 
 def test_a_broken_speed_file_is_not_passed_over(tmp_path):
@@ -930,7 +1014,8 @@ def test_a_broken_speed_file_is_not_passed_over(tmp_path):
     (tmp_path / "speed.py").write_text("import no_such_package")
     done = subprocess.run([sys.executable, "-c", "import common"], cwd=tmp_path, capture_output=True,
                           text=True)
-    assert done.returncode and "no_such_package" in done.stderr
+    assert done.returncode
+    assert "no_such_package" in done.stderr
 
 
 @pytest.mark.parametrize("dilation", [1, 3, 9])
@@ -938,12 +1023,16 @@ def test_winograd_is_the_convolution(dilation):
     """For batches and any length, in one piece or several."""
     conv = torch.nn.Conv1d(20, 30, 7, dilation=dilation).requires_grad_(False)
     exact = copy.deepcopy(conv).double()
-    for batch, outputs, most in itertools.product((1, 3), (1, 5, 6, 7, 50, 217), (512, 4)):
+    for batch, outputs, tiles_at_once in itertools.product((1, 3), (1, 5, 6, 7, 50, 217), (512, 4)):
         x = speed.channels_last(torch.randn(batch, 20, outputs + 6 * dilation))
-        want, got = exact(x.double()), speed.Winograd(conv, most)(x)
-        assert got.shape == want.shape and (got - want).norm() < 2e-5 * want.norm()
+        want = exact(x.double())
+        got = speed.Winograd(conv, tiles_at_once)(x)
+        assert got.shape == want.shape
+        assert off_by(got, want) < 2e-5
     large = torch.nn.Conv1d(128, 128, 7)
-    assert speed.Winograd.suits(large) and not speed.Winograd.suits(conv) and not speed.Winograd.suits(large.bfloat16())
+    assert speed.Winograd.suits(large)
+    assert not speed.Winograd.suits(conv)
+    assert not speed.Winograd.suits(large.bfloat16())
 
 
 def test_a_decoder_goes_at_once():
@@ -964,37 +1053,51 @@ def test_a_decoder_goes_at_once():
 def test_packed_layer_is_the_layer(dtype):
     """For any number of rows, though some are added in bf16; the weights are the layer's own, in another
     order."""
-    # oneDNN's order for those made each call rearrange them
+    # with oneDNN's order, each call would rearrange them
     assert not speed.packs(torch.empty(1024, 1024, 1))
     if dtype == torch.bfloat16 and not torch.cpu._is_avx512_supported():
         pytest.skip("oneDNN has bf16 with AVX-512")
+    tolerance = 0.01 if dtype == torch.bfloat16 else 1e-6
     for bias in True, False:
         linear = torch.nn.Linear(64, 48, bias=bias).to(dtype)
         packed = speed.PackedLinear(linear, rows=49)
         for batch, rows in (2, 1), (2, 2), (2, 4), (2, 49), (1, 49):
             x = torch.randn(batch, rows, 64).to(dtype)
-            want, got = linear(x), packed(x)
-            assert got.shape == want.shape and got.dtype == dtype and (got - want).norm() / want.norm() < (0.01 if dtype == torch.bfloat16 else 1e-6)
+            want = linear(x)
+            got = packed(x)
+            assert got.shape == want.shape
+            assert got.dtype == dtype
+            assert off_by(got, want) < tolerance
+
+
+def random_snake(channels):
+    layer = speed.PiecewiseSnake(channels)
+    torch.nn.init.normal_(layer.alpha)
+    torch.nn.init.normal_(layer.beta)
+    return layer
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="--compile needs a C++ compiler")
+@torch.no_grad()
 def test_compiled_snake_is_the_snake():
     """Into another place, and over the input; channels and lengths vary. In a decoder too, which equals the
     whole."""
-    snake = speed.fused_snake("cpu", torch.float32)
-    with torch.no_grad():
-        for batch, channels, samples in (1, 70, 300), (2, 33, 41), (1, 33, 0):
-            layer = speed.PiecewiseSnake(channels)
-            torch.nn.init.normal_(layer.alpha), torch.nn.init.normal_(layer.beta)
-            x, out = speed.channels_last(torch.randn(batch, channels, samples)), speed.channels_last(torch.zeros(batch, channels, 2 + samples))
-            want = layer(x)
-            assert torch.allclose(snake(layer, x, out[..., 2:])[..., :samples], want,
-                                  atol=1e-5) and not out[..., :2].any()
-            assert torch.allclose(snake(layer, x, x), want, atol=1e-5) and torch.allclose(x, want, atol=1e-5)
-        model, latents = tiny(), torch.randn(1, 8, 30)
-        streamed = torch.cat(list(audio_io.decode_stream(model.autoencoder, latents.split(6, dim=-1),
-                                                         compile=True)), dim=-1)
-        assert (streamed - model.autoencoder.decode(latents)).abs().max() < 1e-5
+    compiled = speed.fused_snake("cpu", torch.float32)
+    for batch, channels, samples in (1, 70, 300), (2, 33, 41), (1, 33, 0):
+        layer = random_snake(channels)
+        x = speed.channels_last(torch.randn(batch, channels, samples))
+        out = speed.channels_last(torch.zeros(batch, channels, 2 + samples))
+        want = layer(x)
+        made = compiled(layer, x, out[..., 2:])
+        assert torch.allclose(made[..., :samples], want, atol=1e-5)
+        assert torch.allclose(out[..., 2:], want, atol=1e-5)
+        assert not out[..., :2].any()
+        assert torch.allclose(compiled(layer, x, x), want, atol=1e-5)
+        assert torch.allclose(x, want, atol=1e-5)
+    model = tiny()
+    latents = torch.randn(1, 8, 30)
+    streamed = in_pieces(model, latents, compile=True)
+    assert (streamed - model.autoencoder.decode(latents)).abs().max() < 1e-5
 
 
 def test_without_a_compiler_compile_ends_before_the_output_is_opened(tiny_file, tmp_path):
@@ -1004,29 +1107,34 @@ def test_without_a_compiler_compile_ends_before_the_output_is_opened(tiny_file, 
     env = dict(os.environ, CXX="/nonexistent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     done = script("sample.py", "--ckpt", tiny_file, "--seconds", 1, "--compile", "--out", out, text=True,
                   env=env)
-    assert done.returncode == 2 and "--compile does not work here" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert "--compile does not work here" in done.stderr
+    assert "Traceback" not in done.stderr
     assert out.read_bytes() == b"a recording"
 
 
 def test_snake_in_pieces_is_the_snake():
     """A long input goes through in pieces: the same numbers, also written over the input, in either order of
     memory."""
-    snake, plain = speed.PiecewiseSnake(70), SnakeBeta(70)
-    torch.nn.init.normal_(snake.alpha), torch.nn.init.normal_(snake.beta)
-    x = torch.randn(1, 70, 31000)    # more than 2 ** 21 values, the last piece is shorter
-    want = (x + (snake.alpha.exp()[:, None] * x).sin() ** 2 / (snake.beta.exp()[:, None] + 1e-9)).detach()
-    plain.load_state_dict(snake.state_dict())
+    layer = random_snake(70)
+    plain = SnakeBeta(70)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 70, 31000)                           # over 2 ** 21 values, the last piece is shorter
+    want = (x + (layer.alpha.exp()[:, None] * x).sin() ** 2 / (layer.beta.exp()[:, None] + 1e-9)).detach()
     assert torch.allclose(plain(x), want, atol=1e-6)
-    assert torch.allclose(snake(x), want, atol=1e-6)        # with gradients: whole
+    assert torch.allclose(layer(x), want, atol=1e-6)        # with gradients: whole
     with torch.no_grad():
         for x in x, speed.channels_last(x):
-            assert torch.allclose(snake(x), want, atol=1e-6)
-            assert torch.allclose(speed.snake(snake, x, out=x), want, atol=1e-6) and torch.allclose(x, want, atol=1e-6)
+            assert torch.allclose(layer(x), want, atol=1e-6)
+            assert torch.allclose(speed.snake(layer, x, out=x), want, atol=1e-6)
+            assert torch.allclose(x, want, atol=1e-6)
 
 
 def test_side_by_side():
     """Making and decoding blocks share the cores only where there are two to share, and layers are small."""
-    assert speed.side_by_side(tiny(), 2) and not speed.side_by_side(tiny(), 1) and not speed.side_by_side(tiny(width=576, heads=9), 2)
+    assert speed.side_by_side(tiny(), threads=2)
+    assert not speed.side_by_side(tiny(), threads=1)
+    assert not speed.side_by_side(tiny(width=576, heads=9), threads=2)
 
 
 def test_prefetch():
@@ -1036,19 +1144,23 @@ def test_prefetch():
         yield 1
         raise UserError("no more")
     made = speed.prefetch(items())
-    assert next(made) != threading.get_ident() and next(made) == 1
+    assert next(made) != threading.get_ident()
+    assert next(made) == 1
     with pytest.raises(UserError, match="no more"):
         next(made)
     assert list(speed.prefetch(range(100))) == list(range(100))
 
-    asked, go = threading.Event(), threading.Event()
+    asked = threading.Event()
+    go = threading.Event()
+
     def slow():
         yield 0
         asked.set()
         go.wait(20)
         yield 1
     made = speed.prefetch(slow())
-    assert next(made) == 0 and asked.wait(20)               # the next one is begun before it is asked for
+    assert next(made) == 0
+    assert asked.wait(20)                                   # the next one is begun before it is asked for
     go.set()
     made.close()                                            # ends the thread
     assert all("work" not in thread.name for thread in threading.enumerate())
@@ -1130,6 +1242,201 @@ def test_encode_file(encoder, tmp_path):
         audio_io.encode_file(encoder, tmp_path / "b.wav")
     with pytest.raises(UserError, match="no such file"):
         audio_io.encode_file(encoder, tmp_path / "c.wav")
+
+
+def heard(file, config=SMALL_AE):
+    return torch.cat(list(audio_io.read_audio(file, config)), dim=1)
+
+
+def seconds_heard(file):
+    return heard(file).shape[1] / 44100
+
+
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+
+
+def encoded(samples, rate=44100, **options):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, **options)
+    return file.getvalue()
+
+
+def ffmpeg(*args, data=None):
+    return subprocess.run(["ffmpeg", "-v", "error", "-y", *map(str, args)], input=data, capture_output=True,
+                          check=True).stdout
+
+
+def without_first_frame(mp3):
+    """An MP3 without its Xing or Info frame, as recordings of streams are."""
+    return mp3[audio_io.mpeg_frame(mp3[1], mp3[2])[0]:]
+
+
+def late_page(ogg, samples):
+    """An Ogg file with the time stamp of one page in its middle that much late, and its checksum made
+    anew."""
+    starts = [match.start() for match in re.finditer(b"OggS", ogg)]
+    at, end = starts[len(starts) // 2:len(starts) // 2 + 2]
+    page = bytearray(ogg[at:end])
+    page[6:14] = struct.pack("<q", struct.unpack_from("<q", page, 6)[0] + samples)
+    page[22:26] = bytes(4)
+    crc = 0
+    for byte in page:
+        crc ^= byte << 24
+        for _ in range(8):
+            crc = (crc << 1 ^ (0x04c11db7 if crc >> 31 else 0)) & 0xffffffff
+    page[22:26] = struct.pack("<I", crc)
+    return ogg[:at] + page + ogg[end:]
+
+
+def spoilt_lengths():
+    """{name: (bytes of a file whose header does not tell its length, seconds of music in it)}."""
+    loud = np.random.default_rng(0).normal(size=(44100, 2)) * 0.2
+    quiet = notes(4)
+    small = encoded(loud, format="MP3", bitrate_mode="CONSTANT", compression_level=0.0)
+    large = encoded(quiet, format="MP3", bitrate_mode="CONSTANT", compression_level=0.9)
+    tag = b"ID3\x03\0\0\0\0\x02\0" + b"\xff" * 256
+    vbr = encoded(np.concatenate([loud, quiet]), format="MP3", bitrate_mode="VARIABLE", compression_level=0.0)
+    wav, flac, ogg = encoded(quiet, format="WAV"), encoded(quiet, format="FLAC"), encoded(quiet, format="OGG")
+    at = wav.index(b"data") + 4
+    return {
+        "joined.mp3": (small + large, 5), "joined with a tag.mp3": (small + tag + large, 5),
+        "stream.mp3": (without_first_frame(vbr), 5), "three.mp3": (tag + small + small + large, 6),
+        "joined.ogg": (ogg + ogg, 8), "joined.flac": (flac + flac, 8),
+        "left behind.wav": (wav[:at] + struct.pack("<I", 4410) + wav[at + 4:], 4),
+        "never written.wav": (wav[:at] + bytes(4) + wav[at + 4:], 4),
+        "unknown.wav": (wav[:at] + b"\xff" * 4 + wav[at + 4:], 4),
+        "late.opus": (late_page(encoded(notes(8, 48000), 48000, format="OGG", subtype="OPUS"), 488), 8),
+        "cut.flac": (flac[:len(flac) // 2], None), "joined.wav": (wav + wav, None)}
+
+
+def test_files_are_read_whole_or_named(tmp_path, monkeypatch):
+    """What their first header says of their length, players do not believe either. Without ffmpeg they are
+    named."""
+    for name, (content, seconds) in spoilt_lengths().items():
+        (tmp_path / name).write_bytes(content)
+        if seconds and (shutil.which("ffmpeg") or name == "unknown.wav"):
+            assert abs(seconds_heard(tmp_path / name) - seconds) < 0.3, name
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "which", lambda program: None)
+            if name != "unknown.wav":
+                with pytest.raises(UserError, match=f"{name}: not readable as audio .*ffmpeg"):
+                    heard(tmp_path / name)
+        if seconds is None:
+            with pytest.raises(UserError, match="damaged, 4.0 of 8.0 s|damaged, 2.0 of 4.0 s|lost sync"):
+                heard(tmp_path / name)
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 24000, 44100, 48000])
+def test_counting_mp3_frames(tmp_path, rate):
+    for options in {}, {"bitrate_mode": "VARIABLE"}, {"compression_level": 0.9}:
+        (tmp_path / "a.mp3").write_bytes(encoded(notes(3, rate), rate, format="MP3", **options))
+        length = audio_io.length_by_counting(tmp_path / "a.mp3")
+        assert -0.3 < length.seconds - 3 < 0.1 and not length.promised
+    cut = (tmp_path / "a.mp3").read_bytes()
+    (tmp_path / "a.mp3").write_bytes(cut[:len(cut) // 3])
+    assert audio_io.length_by_counting(tmp_path / "a.mp3").promised > 2.9
+
+
+def test_a_file_cut_short_is_named(tmp_path, capsys):
+    for kind in "WAV", "MP3":
+        whole = encoded(notes(3), format=kind)
+        (tmp_path / kind).write_bytes(whole[:len(whole) // 2])
+        assert 1 < seconds_heard(tmp_path / kind) < 2
+        assert re.search(f"{kind}: cut short, 1.. s of the 3.. s", capsys.readouterr().err)
+    heard(save_wav(tmp_path / "whole.wav"))
+    assert capsys.readouterr().err == ""
+
+
+@needs_ffmpeg
+def test_what_libsndfile_cannot_read_goes_through_ffmpeg(tmp_path):
+    wav = encoded(notes(2), format="WAV")
+    for name, *options in (["a.m4a"], ["a.webm"], ["a.aac"], ["a.wma"], ["alac.m4a", "-c:a", "alac"],
+                           ["a.wv"]):
+        ffmpeg("-i", "pipe:0", *options, tmp_path / name, data=wav)
+        assert data.audio_files(tmp_path) == [tmp_path / name]
+        audio = heard(tmp_path / name)
+        assert audio.shape[0] == 2 and abs(audio.shape[1] - 88200) < 4000
+        assert (audio.square().mean() / torch.from_numpy(notes(2)).square().mean() - 1).abs() < 0.1
+        (tmp_path / name).unlink()
+    (tmp_path / "pipe.flac").write_bytes(ffmpeg("-i", "pipe:0", "-f", "flac", "pipe:1", data=wav))
+    assert (heard(tmp_path / "pipe.flac") - torch.from_numpy(notes(2).T)).abs().max() < 1e-4
+    mono = encoded(notes(2, channels=1), format="WAV")          # at its own level, and not 3 dB quieter
+    ffmpeg("-i", "pipe:0", "-c:a", "alac", tmp_path / "mono.m4a", data=mono)
+    assert heard(tmp_path / "mono.m4a").abs().max() == pytest.approx(np.abs(notes(2, channels=1)).max(),
+                                                                     abs=1e-3)
+    ffmpeg("-i", "pipe:0", "-movflags", "faststart", tmp_path / "cut.m4a", data=wav)
+    whole = (tmp_path / "cut.m4a").read_bytes()
+    (tmp_path / "cut.m4a").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.m4a").write_text("no music")
+    for name in "cut.m4a", "text.m4a":
+        with pytest.raises(UserError, match=f"{name}: not readable as audio .*ffmpeg: "):
+            heard(tmp_path / name)
+
+
+def sides_heard(path, channels, config=SMALL_AE, **options):
+    """Loudness (rms) of left and right for a tone in each single channel of a file."""
+    tone = 0.2 * np.sin(np.arange(22050) * 0.1)
+    found = []
+    for channel in range(channels):
+        samples = np.zeros((22050, channels))
+        samples[:, channel] = tone
+        soundfile.write(path, samples, 44100, **options)
+        audio = heard(path, config)[:, 4000:18000]
+        found.append(audio.square().mean(dim=1).sqrt() / 0.1414)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("channels, wav, ogg", [
+    (3, "L R C", "L C R"), (4, "L R l r", "L R l r"), (5, "L R C l r", "L C R l r"),
+    (6, "L R C - l r", "L C R l r -"), (7, "L R C - B l r", "L C R l r B -"),
+    (8, "L R C - l r l r", "L C R l r l r -")])
+def test_surround_is_mixed_by_its_layout(tmp_path, channels, wav, ogg):
+    """L R C: front; l r: behind or beside; B: behind in the middle; -: low frequencies, which are left
+    out."""
+    weights = {"L": (1, 0), "R": (0, 1), "C": (0.7071, 0.7071), "l": (0.7071, 0), "r": (0, 0.7071),
+               "B": (0.5, 0.5), "-": (0, 0)}
+    for kind, order in (("WAV", wav), ("FLAC", wav), ("OGG", ogg)):
+        truth = torch.tensor([weights[place] for place in order.split()])
+        truth = truth / truth.sum(dim=0).max()                  # full scale everywhere stays full scale
+        assert (sides_heard(tmp_path / "a", channels, format=kind) - truth).abs().max() < 0.02, kind
+
+
+def test_a_layout_that_the_file_tells_is_believed(tmp_path, monkeypatch):
+    """The mask of a WAV: front, front, centre, behind in the middle."""
+    soundfile.write(tmp_path / "a.wav", np.eye(4).repeat(11025, axis=0) * 0.5, 44100, format="WAVEX")
+    content = bytearray((tmp_path / "a.wav").read_bytes())
+    struct.pack_into("<I", content, content.index(b"fmt ") + 28, 0x107)
+    (tmp_path / "a.wav").write_bytes(content)
+    audio = heard(tmp_path / "a.wav")
+    truth = torch.tensor([[1, 0], [0, 1], [0.7071, 0.7071], [0.5, 0.5]]).T / 2.2071 / 2
+    assert (audio[:, 5000::11025] - truth).abs().max() < 1e-3
+    if shutil.which("ffmpeg"):                                  # which tells the layout too
+        monkeypatch.setattr(audio_io, "through_sndfile",
+                            lambda file: (_ for _ in ()).throw(audio_io.CannotRead("no")))
+        assert (heard(tmp_path / "a.wav") - audio).abs().max() < 1e-4
+
+
+def test_a_model_of_one_channel_hears_both_sides(tmp_path):
+    mono = replace(SMALL_AE, audio_channels=1)
+    assert torch.allclose(sides_heard(tmp_path / "a.wav", 2, mono), torch.tensor([[0.5], [0.5]]), atol=0.01)
+    assert torch.allclose(sides_heard(tmp_path / "a.wav", 1, mono), torch.tensor([[1.0]]), atol=0.01)
+    assert sides_heard(tmp_path / "a.wav", 12).min() > 0.05     # of so many channels none is lost
+
+
+def test_a_level_far_above_full_scale_is_named(tmp_path, capsys):
+    x = notes(1)
+    for factor in 32768, 30:    # samples of 16 bits never divided; a wrong gain
+        soundfile.write(tmp_path / "a.wav", x * factor, 44100, subtype="FLOAT")
+        assert (heard(tmp_path / "a.wav") - torch.from_numpy(x.T / np.abs(x).max())).abs().max() < 1e-5
+        err = capsys.readouterr().err
+        assert f"a.wav: its samples reach {np.abs(x).max() * factor:.4g} times full scale" in err
+    # mixes in float may
+    soundfile.write(tmp_path / "a.wav", x / np.abs(x).max() * 1.5, 44100, subtype="FLOAT")
+    assert heard(tmp_path / "a.wav").abs().max() == pytest.approx(1.5) and capsys.readouterr().err == ""
+    x[7000] = 1e6
+    soundfile.write(tmp_path / "a.wav", x, 44100, subtype="FLOAT")
+    with pytest.raises(UserError, match="a sample of 1e.06 times full scale among quiet ones"):
+        heard(tmp_path / "a.wav")
 
 
 # -------------------------------------------------------------------------------- data.py: files, prompts, latents, crops
@@ -1386,6 +1693,246 @@ def test_fixed_crops(tmp_path):
     assert torch.equal(latents, data.fixed_crops(tracks, 5, 4, 8)[0])
     starts = latents[:6, 0, 0]
     assert ((starts[1:] - starts[:-1] - 71 / 6).abs() < 2).all()
+
+
+def told_by_prepare(folder, model, capsys):
+    """-> the Dataset and what was said, of which the count of files is checked."""
+    capsys.readouterr()
+    dataset = data.prepare(folder, model, folder.parent / "latents")
+    told = capsys.readouterr().err
+    count = re.search(r"(\d+) files found: (\d+) used, (\d+) skipped, (\d+) ignored", told)
+    found, used, skipped, ignored = map(int, count.groups())
+    assert found == used + skipped + ignored
+    assert used == len(dataset.tracks) and skipped == len(dataset.skipped)
+    return dataset, told, found
+
+
+def test_names_that_begin_with_dots(encoder, tmp_path, capsys):
+    folder = tmp_path / "music"
+    for name in ("...And Justice for All/01 Blackened.wav", "...Baby One More Time.wav", ".5.wav",
+                 "..wav.wav", "Other/x.wav", ".git/sound.wav", ".Trash/old/b.wav"):
+        save_wav(folder / name, 0.6)
+    (folder / "...Baby One More Time.txt").write_text("pop")
+    for name in "Other/._x.wav", ".DS_Store", "._cover.jpg", ".gitignore", "cover.jpg", ".git/config":
+        (folder / name).write_bytes(b"\0\5\26\7")
+    dataset, told, found = told_by_prepare(folder, encoder, capsys)
+    assert [t.name for t in dataset.tracks] == ["...And Justice for All/01 Blackened.wav",
+                                                "...Baby One More Time.wav", "..wav.wav", ".5.wav",
+                                                "Other/x.wav"]
+    assert dataset.tracks[1].prompt == "pop" and not dataset.skipped and found == 14
+    assert "hidden folder .Trash: 1 audio files in it are ignored" in told and "._x" not in told
+
+
+def test_a_recording_reached_twice_is_taken_once(encoder, tmp_path, capsys):
+    folder = tmp_path / "music"
+    for i in range(3):
+        save_wav(folder / f"z album/{i}.wav", 0.6, seed=i)
+    save_wav(tmp_path / "elsewhere/far.wav", 0.6, seed=7)
+    for name, target in (("best", "z album"), ("away", tmp_path / "elsewhere"),
+                         ("away too", tmp_path / "elsewhere"), ("loop", "."), ("a.wav", "z album/0.wav"),
+                         ("gone.wav", "nothing"), ("self.wav", "self.wav")):
+        (folder / name).symlink_to(target)
+    os.link(folder / "z album/1.wav", folder / "b.wav")
+    dataset, told, found = told_by_prepare(folder, encoder, capsys)
+    assert [t.name for t in dataset.tracks] == ["away/far.wav", "b.wav", "z album/0.wav", "z album/2.wav"]
+    assert dict(dataset.skipped)["a.wav"] == "the same file as z album/0.wav" and found == 8
+    assert dict(dataset.skipped)["z album/1.wav"] == "the same file as b.wav"
+    for link, place in ("best", "z album"), ("away too", "away"), ("loop", "."):
+        assert f"folder {link} is the same as {place}" in told
+
+
+def test_a_folder_that_cannot_be_listed_is_named(encoder, tmp_path, capsys, monkeypatch):
+    save_wav(tmp_path / "music/a.wav", 0.6)
+    save_wav(tmp_path / "music/secret/b.wav", 0.6)
+    real = os.listdir
+    def listdir(place):
+        if Path(place).name in closed:
+            raise PermissionError(13, "Permission denied", str(place))
+        return real(place)
+    monkeypatch.setattr(os, "listdir", listdir)
+    closed = {"secret"}
+    dataset, told, found = told_by_prepare(tmp_path / "music", encoder, capsys)
+    assert len(dataset.tracks) == found == 1 and "folder secret cannot be listed (Permission denied)" in told
+    closed = {"music"}
+    with pytest.raises(UserError, match="music: cannot be listed"):
+        data.audio_files(tmp_path / "music")
+
+
+def test_held_out_folders_and_lengths(encoder, tmp_path, capsys):
+    for name in "validation", "valid", "Val", "dev", "TEST", "eval":
+        assert data.split(["a.wav", f"x/{name}/b.wav", "c.wav"]) == (["a.wav", "c.wav"], [f"x/{name}/b.wav"])
+    assert "eval.wav" in data.split(["eval.wav", "test/b.wav"])[0]     # a file's name says nothing
+    folder = tmp_path / "music"
+    for name in "train/a.wav", "dev/b.wav", "test/c.wav":
+        save_wav(folder / name, 0.6)
+    dataset, told, _ = told_by_prepare(folder, encoder, capsys)
+    assert [t.name for t in dataset.train] == ["train/a.wav"]
+    assert "by the name of their folder: dev, test" in told
+    for names in ("ab", "abcdef"):    # whichever is the only long one, it is trained on
+        for long in names:
+            tracks = [data.Track(name, "", None, 0, 9000 if name == long else 30) for name in names]
+            train, validation = data.divide(tracks, 4)
+            assert long in [t.name for t in train]
+            assert validation and len(train) + len(validation) == len(names)
+    same = [data.Track(f"{i:03d}.flac", "", None, 0, 100) for i in range(240)]
+    assert [t.name for t in data.divide(same, 4)[1]] == data.split([t.name for t in same])[1]
+
+
+TEXT = "slow café chorale"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-16-le", "utf-32",
+                                      "cp1252"])
+def test_captions_in_any_encoding(tmp_path, encoding):
+    save_wav(tmp_path / "a.wav")
+    notes_ = []
+    (tmp_path / "a.txt").write_bytes(f"{TEXT}\r\n".encode(encoding))
+    assert data.find_prompt(tmp_path / "a.wav", tmp_path, {}, notes_) == (TEXT, "captions")
+    (tmp_path / "metadata.csv").write_bytes(f'file_name;text\r\na.wav;"{TEXT}"\r\n'.encode(encoding))
+    assert data.read_metadata(tmp_path, notes_)["a.wav"] == TEXT
+    assert [("cp1252" in note) for note in notes_] == [True] * 2 * (encoding == "cp1252")
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "a.json").write_bytes(json.dumps({"Caption": TEXT}, ensure_ascii=False).encode(encoding))
+    (tmp_path / "a.txt").unlink()
+    assert data.prompt_of(tmp_path / "a.wav", tmp_path, {}) == TEXT
+
+
+def test_captions_that_are_no_text_are_named(tmp_path):
+    save_wav(tmp_path / "a.wav")
+    for content in ("медленное пианино".encode("cp1251"), "静かなピアノ".encode("shift_jis"), b"slow\0piano",
+                    bytes(40), b"\x81\x8d"):
+        notes_ = []
+        (tmp_path / "a.txt").write_bytes(content)
+        assert data.find_prompt(tmp_path / "a.wav", tmp_path, {}, notes_)[1] == "names"
+        assert "a.txt is not used" in notes_[0]
+        (tmp_path / "metadata.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match="metadata.jsonl: cannot be read"):
+            data.read_metadata(tmp_path)
+        (tmp_path / "metadata.jsonl").unlink()
+
+
+def test_values_of_metadata(tmp_path):
+    save_wav(tmp_path / "a.wav")
+    def prompt(value):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "./a.wav", "text": value}))
+        return data.read_metadata(tmp_path)["a.wav"]
+    for value, text in ((["jazz", "piano", 120], "jazz, piano, 120"), (120, "120"), (92.5, "92.5"),
+                        (120.0, "120"), (None, ""), (["jazz", None, "", ["slow"]], "jazz, slow"),
+                        (" a\n b\t", "a b"), ("\ud83d piano", "piano"), (math.nan, ""),
+                        (10 ** 400, f"1{400 * '0'}")):
+        assert prompt(value) == text
+    for value in {"genre": "jazz"}, True:
+        with pytest.raises(UserError, match="neither text, a number nor a list"):
+            prompt(value)
+    (tmp_path / "metadata.jsonl").unlink()
+    for content in ([{"file_name": "a.wav", "text": ["x", "y"]}], {"a.wav": "x, y"},
+                    {"a.wav": {"text": "x, y", "bpm": 1}}):
+        (tmp_path / "metadata.json").write_text(json.dumps(content))
+        assert data.read_metadata(tmp_path)["a.wav"] == "x, y"
+    notes_ = []
+    (tmp_path / "metadata.json").write_text('{"album": {"year": 1}}')   # another program's
+    assert data.read_metadata(tmp_path, notes_) == {} and "metadata.json is not used" in notes_[0]
+
+
+def test_json_beside_a_track(tmp_path):
+    file = save_wav(tmp_path / "a.wav")
+    for content, prompt in (({"caption": "x", "title": "no"}, "x"), ({"text": ["x", "y"]}, "x, y"),
+                            ({"Prompt": "x"}, "x"), ({"caption": "", "description": "x"}, "x"),
+                            ({"tags": ["x", "y"], "bpm": 90, "sample_rate": 1}, "x, y, 90"),
+                            ({"genre": "x", "moods": [], "key": "C#"}, "x, C#"), ("x", "x"),
+                            (["x", "y"], "x, y")):
+        for name in "a.json", "a.wav.json":
+            (tmp_path / name).write_text(json.dumps(content))
+            assert data.prompt_of(file, tmp_path, {}) == prompt
+            (tmp_path / name).unlink()
+    for content in "{", "[" * 100000, '{"caption": {"en": "x"}}':
+        notes_ = []
+        (tmp_path / "a.json").write_text(content)
+        assert data.find_prompt(file, tmp_path, {}, notes_)[1] == "names"
+        assert "a.json is not used" in notes_[0]
+
+
+def test_names_in_other_unicode_forms(tmp_path):
+    """A Mac writes é as two characters, most editors as one."""
+    one, two = "caf\u00e9", "cafe\u0301"
+    for on_disk, written in ((one, two), (two, one)):
+        folder = tmp_path / on_disk
+        save_wav(folder / f"{on_disk}/{on_disk}.wav")
+        (folder / "metadata.csv").write_text(f"file_name,text\n{written}/{written}.wav,from a row\n")
+        metadata = data.read_metadata(folder)
+        assert data.prompt_of(folder / f"{on_disk}/{on_disk}.wav", folder, metadata) == "from a row"
+        save_wav(folder / f"{on_disk} 2.wav")
+        (folder / f"{written} 2.txt").write_text("from a caption")
+        assert data.prompt_of(folder / f"{on_disk} 2.wav", folder, metadata) == "from a caption"
+        assert not data.find_files(folder).refused
+
+
+def test_where_prompts_came_from(encoder, tmp_path, capsys):
+    folder = tmp_path / "music"
+    for name in "abcdef":
+        save_wav(folder / f"{name}.wav", 0.6)
+    with soundfile.SoundFile(folder / "c.wav", "w", 44100, 2) as f:
+        f.title = "Night Ride"
+        f.write(notes(0.6))
+    (folder / "a.txt").write_text("one two three four five")
+    dataset, told, _ = told_by_prepare(folder, encoder, capsys)
+    assert "prompts: 0 from metadata, 1 from captions, 1 from tags, 4 from names\n" in told
+    assert "1 prompts are longer than the 4 words that the model reads, that of a.wav for one" in told
+    (folder / "metadata.csv").write_text("file_name,text\na.wav,x\nb.wav,y\nf.wav,\nz.wav,z\n")
+    dataset, told, _ = told_by_prepare(folder, encoder, capsys)
+    assert "prompts: 2 from metadata, 0 from captions, 1 from tags, 3 from names; 4 tracks have no text" in told
+    assert "in the metadata, d.wav for one" in told
+    assert "metadata names 1 files that are not there, z.wav" in told
+    for name in "abcdef":
+        (folder / f"{name}.txt").write_text(f"{name}{name} {name}x {name}y {name}z")
+    assert "18 different words for the 16 rows" in told_by_prepare(folder, encoder, capsys)[1]
+
+
+def test_tags_in_other_encodings(tmp_path):
+    """A WAV's title as Windows writes it; a telephone's recording."""
+    title = "Café  Night".encode("cp1252") + b"\0"
+    info = b"INFO" + b"INAM" + struct.pack("<I", len(title)) + title
+    wav = encoded(notes(1), format="WAV") + b"LIST" + struct.pack("<I", len(info)) + info
+    (tmp_path / "a.wav").write_bytes(wav[:4] + struct.pack("<I", len(wav) - 8) + wav[8:])
+    notes_ = []
+    assert data.find_prompt(tmp_path / "a.wav", tmp_path, {}, notes_) == ("Café Night", "tags")
+    assert "title tag of a.wav is not UTF-8" in notes_[0]
+    if shutil.which("ffmpeg"):
+        ffmpeg("-i", tmp_path / "a.wav", "-metadata", "title=01 Café; x=1#", "-metadata", "genre=Jazz",
+               tmp_path / "b.m4a")
+        assert data.find_prompt(tmp_path / "b.m4a", tmp_path, {}, notes_) == ("Café; x=1#, Jazz", "tags")
+
+
+def test_words_keep_their_signs():
+    for prompt, words in (("C# major", "c# major"), ("F♯ minor", "f# minor"), ("A♭ Ab", "ab ab"),
+                          ("R&B", "r&b"), ("B♭m7 Bb", "bbm7 bb"), ("F#m7b5", "f#m7b5"),
+                          ("la♭ mineur", "la♭ mineur"), ("92.5 bpm in 6/8", "92.5 bpm in 6/8"),
+                          ("C#/E♭-minor", "c# eb minor"), ("rock & roll", "rock roll"), ("#1 hit", "1 hit"),
+                          ("cafe\u0301", "café"), ("हिन्दी गाना", "हिन्दी गाना"),
+                          ("slow chorale in C major, 8-bit", "slow chorale in c major 8 bit")):
+        assert words_of(prompt) == words.split()
+
+
+def test_words_that_were_learned_share_no_row(tmp_path):
+    model = tiny()                                              # 64 rows
+    words = model.conditioner.words
+    names = [f"word{i}" for i in range(40)]
+    assert len({words.row_of(name) for name in names}) < 40     # by their hashes alone some would
+    model.sampling["words"] = words.learn([" ".join(names[i:i + 6]) for i in range(0, 20, 6)])
+    first = dict(words.known)
+    common.save(model, tmp_path / "a.pt")
+    loaded = common.load(tmp_path / "a.pt").conditioner.words
+    assert loaded.known == first and [loaded.row_of(name) for name in first] == list(first.values())
+    met = loaded.learn([" ".join(names[i:i + 6]) for i in range(20, 40, 6)])
+    assert len(set(met.values())) == 40 and first.items() <= met.items()    # rows that were learned stay
+    assert loaded.row_of("another") not in met.values()
+    # checkpoints from before rows were kept: a list of words, whose rows are their hashes
+    model.sampling["words"] = ["slow", "piano"]
+    common.save(model, tmp_path / "old.pt")
+    old = common.load(tmp_path / "old.pt").conditioner.words
+    assert old.known == {"slow": 30, "piano": 45}
+    # and when all are taken, they share
+    assert len(set(old.learn([f"a{i}" for i in range(100)]).values())) == 64
 
 
 # -------------------------------------------------------------------------------- sample.py

@@ -1,0 +1,119 @@
+"""What a player can tell the model beside the prompt: a beat, and a sketch of pitch and loudness.
+
+A beat is tempo and place in the bar, told to each new block through its timestep token (`DiT.beat_in`). A
+sketch is plain pitch and loudness of audio, one column a latent frame, which can be read, drawn, hummed and
+given. A model that makes such channels beside its latents can be given those of one recording and asked for
+the rest (for pictures: arXiv 2504.16064). Log energies of 60 semitones, relative to each other, become
+`Config.pitch_channels`; those of 12 bands of mid and of side become `Config.level_channels`: pitch and
+loudness apart, so that one can be given without the other. """
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from model import add_noise
+
+WINDOW = 8192                                               # samples, centred on the latent frame
+SEMITONES = 60
+LOWEST = 36                                                 # MIDI number of the lowest
+BANDS = 12
+PITCH, LEVEL = slice(0, SEMITONES), slice(SEMITONES, SEMITONES + 2 * BANDS)     # rows of features
+
+
+# -------------------------------------------------------------------------------- a beat
+def beat_features(bpm, bar):
+    """Tempo in beats a minute and place in the bar in [0, 1), tensors of one shape -> (..., 18), what
+    `beat_in` reads.
+
+    A 1, the tempo on a log scale, and the place as circles of a bar, its halves, thirds, ... sixteenths."""
+    angles = 2 * math.pi * bar[..., None] * torch.tensor([1, 2, 3, 4, 6, 8, 12, 16], device=bar.device)
+    steady = torch.stack([torch.ones_like(bpm), torch.log2(bpm / 100)], dim=-1)
+    return torch.cat([steady, angles.sin(), angles.cos()], dim=-1).float()
+
+
+def beat_of(beat, batch, device):
+    """(tempo in bpm, place in the bar) or None -> `beat_features` (batch, 1, 18); zeros where nothing is
+    told."""
+    if beat is None:
+        return torch.zeros(batch, 1, 18, device=device)
+    bpm, bar = (torch.full((batch, 1), float(number), dtype=torch.float64, device=device) for number in beat)
+    return beat_features(bpm, bar)
+
+
+def steady_beat(config, bpm, beats_per_bar=4):
+    """For `stream`: a tempo that stays, the first block beginning a bar."""
+    bars_a_block = config.block / config.frame_rate * bpm / 60 / beats_per_bar
+    return lambda number: (bpm, number * bars_a_block % 1)
+
+
+# -------------------------------------------------------------------------------- a sketch
+class Given(NamedTuple):
+    """What is known of a block before it is made: channels that are not the model's to choose, as in
+    inpainting.
+
+    values (B, channels, T); mask (channels, 1): True where they are given; until, a tensor of one: the noise
+    level down to which they are. At 0 the block gets just these values, above it the model may stray in its
+    last steps."""
+    values: torch.Tensor
+    mask: torch.Tensor
+    until: torch.Tensor
+
+    def hold(self, x, t, noise, objective):
+        """x at level t with the given channels in place, under this noise."""
+        return torch.where(self.mask & (t >= self.until), add_noise(self.values, noise, t, objective), x)
+
+
+@lru_cache
+def filters(sample_rate, device):
+    """Weights of the spectrum's bins: (60, bins) for semitones, (12, bins) for bands."""
+    bins = torch.arange(WINDOW // 2 + 1, device=device)
+    number = 69 + 12 * torch.log2((bins * sample_rate / WINDOW).clamp(min=1) / 440)    # MIDI, of each bin
+    centre = torch.arange(LOWEST, LOWEST + SEMITONES, device=device)[:, None]
+    semitones = torch.exp(-0.5 * ((number - centre) / 0.35) ** 2)
+    edges = torch.exp(torch.linspace(math.log(4), math.log(0.8 * len(bins)), BANDS + 1, device=device)).long()
+    bands = ((bins >= edges[:-1, None]) & (bins < edges[1:, None])).float()
+    return semitones / semitones.sum(1, keepdim=True), bands / bands.sum(1, keepdim=True)
+
+
+def features(audio, config):
+    """(B, 2, samples) -> log energies (B, 84, samples / hop): semitones, bands of mid, bands of side."""
+    semitones, bands = filters(config.sample_rate, audio.device)
+    audio = audio[..., :audio.shape[-1] // config.hop * config.hop]
+    both = torch.stack([audio.mean(1), (audio[:, 0] - audio[:, 1]) / 2], dim=1)             # (B, 2, samples)
+    both = F.pad(both, 2 * [(WINDOW - config.hop) // 2])
+    spectra = torch.stft(both.flatten(0, 1), WINDOW, config.hop,
+                         window=torch.hann_window(WINDOW, device=audio.device), center=False,
+                         return_complex=True)
+    mid, side = spectra.abs().unflatten(0, (-1, 2)).unbind(1)    # (B, bins, frames)
+    pitch = (semitones @ mid + 1e-2).log()
+    pitch = pitch - pitch.mean(1, keepdim=True)
+    level = [(bands @ x.square() + 1e-4).log() for x in (mid, side)]
+    return torch.cat([pitch, *level], dim=1)
+
+
+@torch.no_grad()
+def fit(model, columns):
+    """Choose the model's channels: principal components of features (N, 84), scaled half way to equal
+    spread."""
+    c = model.config
+    model.sketch_mean.copy_(columns.mean(0))
+    model.sketch_directions.zero_()
+    first = 0
+    for rows, count in (PITCH, c.pitch_channels), (LEVEL, c.level_channels):
+        spread, components = torch.linalg.eigh(torch.cov((columns[:, rows] - model.sketch_mean[rows]).T))
+        spread = spread.flip(0)[:count].clamp(min=1e-6).sqrt()
+        scale = (spread * spread.mean()).sqrt()
+        model.sketch_directions[first:first + count, rows] = components.T.flip(0)[:count] / scale[:, None]
+        first += count
+
+
+def encode(model, audio):
+    """(B, 2, samples) -> latents and, where the model has them, the channels of its sketch: (B, channels,
+    T)."""
+    latents = model.autoencoder.encode(audio)
+    if model.config.channels == model.config.latent_channels:
+        return latents
+    sketch = model.sketch_directions @ (features(audio, model.config) - model.sketch_mean[:, None])
+    return torch.cat([latents, sketch], dim=1)
