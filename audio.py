@@ -164,6 +164,8 @@ def through_sndfile(file):
         f = soundfile.SoundFile(file)
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a name that ends in .raw
         raise CannotRead(sndfile_reason(error)) from None
+    if f.format == "RAW":                                   # anything at all whose name ends in .au
+        raise CannotRead("damaged, or of another kind than its name says")
     return Recording(f.samplerate, sndfile_speakers(f), sndfile_pieces(f))
 
 

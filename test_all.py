@@ -1437,6 +1437,7 @@ def test_bad_files_are_named_and_skipped(encoder, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("buy strings")
     (tmp_path / "text.wav").write_text("not audio at all")
     (tmp_path / "noise.mp3").write_bytes(np.random.default_rng(0).bytes(9000))
+    (tmp_path / "noise.au").write_bytes(bytes(9000))
     soundfile.write(tmp_path / "nan.wav", np.full((44100, 2), np.nan), 44100, subtype="FLOAT")
     soundfile.write(tmp_path / "cut.flac", notes(3), 44100)
     whole = (tmp_path / "cut.flac").read_bytes()
@@ -1449,14 +1450,15 @@ def test_bad_files_are_named_and_skipped(encoder, tmp_path, capsys):
     save_wav(tmp_path / ".hidden/a.wav")
     d = data.prepare(tmp_path, encoder, tmp_path / "latents")
     bad = dict(d.skipped)
-    assert set(bad) == {"blip.wav", "empty.flac", "notes.txt", "text.wav", "noise.mp3", "nan.wav", "cut.flac",
-                        "hole.ogg", "dead.wav"}
-    assert "0.20 s" in bad["blip.wav"] and "damaged" in bad["hole.ogg"] and "damaged" in bad["noise.mp3"]
+    assert set(bad) == {"blip.wav", "empty.flac", "notes.txt", "text.wav", "noise.mp3", "noise.au", "nan.wav",
+                        "cut.flac", "hole.ogg", "dead.wav"}
+    assert "0.20 s" in bad["blip.wav"]
+    assert all("damaged" in bad[name] for name in ("hole.ogg", "noise.mp3", "noise.au"))
     assert "empty" in bad["empty.flac"] and "not numbers" in bad["nan.wav"]
     assert [t.name for t in d.tracks] == ["good too.wav", "good.wav"]
     told = capsys.readouterr().err
     assert all(f"{name}: {reason}" in told for name, reason in d.skipped)
-    assert "2 tracks" in told and "9 files skipped" in told
+    assert "2 tracks" in told and "10 files skipped" in told
     # nor are the latents in the folder strays
     d = data.prepare(tmp_path, encoder, tmp_path / "latents", quiet=True)
     assert dict(d.skipped) == bad and capsys.readouterr().err == ""
