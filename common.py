@@ -125,6 +125,11 @@ def check_streams(path, stage):
         raise UserError(f"{path} (stage {stage}) has not learned to stream: finetune it first (finetune.py --init {path})")
 
 
+def regime_of(config):
+    """How a model's context is read, in words."""
+    return "block-causal" if config.causal else "encoder-decoder"
+
+
 def default_checkpoint():
     shipped = Path(__file__).with_name("nano.pt")
     if shipped.is_relative_to(Path.cwd()):                  # the shorter name

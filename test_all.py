@@ -450,6 +450,9 @@ def test_losses_by_hand():
     for differs in (0.0, 1.0):
         loss = arc_forcing.contrastive_loss(real, wrong, weights, torch.tensor([differs]))
         assert loss.item() == pytest.approx(differs * (0.25 * softplus(1) + 0.75 * softplus(-4)))
+    x0, target = torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]]), torch.tensor([[[1.5, 1.0]], [[0.0, 3.0]]])
+    loss = arc_forcing.distill_loss(x0, target, torch.tensor(0.5))
+    assert loss.tolist() == pytest.approx([(0.25 + 1) / 2 / 0.25, 4.5 / 0.25])
 
 
 def test_save_and_load(tmp_path):
@@ -2213,6 +2216,15 @@ def test_batches_are_drawn_by_step(tmp_path):
         assert torch.equal(whole[i], again[i]) and torch.equal(whole[i][2:], part[i]) and not torch.equal(whole[i], other[i])
     t = whole[3].double()
     assert torch.allclose(shifted[3].double(), t / (t + math.exp(-1.5) * (1 - t)), atol=1e-5)
+
+
+def test_encoder_decoder_learns_one_block_of_a_crop():
+    """With more, a noisy block would see itself clean, by way of the clean blocks before it."""
+    model, latents = tiny(causal=False), torch.randn(2, 8, 30)
+    prompt = model.dit.encode_prompt(condition(model))
+    with pytest.raises(ValueError, match="learns one block"):
+        finetune.block_losses(model, prompt, latents, torch.randn(2, 8, 12), torch.rand(2, 2))
+    assert finetune.block_losses(model, prompt, latents, torch.randn(2, 8, 6), torch.rand(2, 1)).shape == (2, 1)
 
 
 def killed_after(step, log, name, *args, cwd):
