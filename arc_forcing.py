@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from common import (UserError, check_streams, finite, load, random_seed, read_checkpoint, regime_of, run,
-                    save, speed, training_precision, whole)
-from finetune import (Log, average_gradients, condition, describe_batch, encode_texts, log_of, millions,
-                      missing_context, parse, prepare_once, progress_bar, render_sample, say, say_done,
-                      set_up, training_loop, words_met)
+from common import (UserError, check_streams, finite, load, not_negative, positive_finite, random_seed,
+                    read_checkpoint, regime_of, run, save, speed, training_precision, whole, whole_or_zero)
+from finetune import (Log, average_gradients, check_text_encoder, clip_gradients, condition,
+                      describe_batch, encode_texts, keep_earlier_run, millions, missing_context, parse,
+                      prepare_once, progress_bar, render_sample, restore, say, say_changes, say_done, set_up,
+                      track_records, training_loop, uninterrupted, words_met)
 from model import (Conditioner, Config, DiT, add_noise, alpha_sigma, denoise, noise_level, schedule,
                    shift_time, velocity)
 from sample import Context, denoise_block, sampling_settings, with_null
@@ -459,24 +460,24 @@ def parser():
     p.add_argument("--batch", type=whole, default=8,
                    help="rollouts per step, over all processes and accumulations")
     p.add_argument("--accumulate", type=whole, default=1, help="backward passes per step")
-    p.add_argument("--lr", type=float, default=1e-6, help="of G")
-    p.add_argument("--d-lr", type=float, default=1e-6, help="of D")
-    p.add_argument("--clip", type=float, default=1.0, help="gradient norm")
+    p.add_argument("--lr", type=positive_finite, default=1e-6, help="of G")
+    p.add_argument("--d-lr", type=positive_finite, default=1e-6, help="of D")
+    p.add_argument("--clip", type=not_negative, default=1.0, help="largest gradient norm, 0 for no clipping")
     p.add_argument("--seed", type=random_seed, default=0)
     # before the game
-    p.add_argument("--d-warmup", type=int, default=500, help="steps of flow matching for D")
-    p.add_argument("--g-warmup", type=int, default=0,
+    p.add_argument("--d-warmup", type=whole_or_zero, default=500, help="steps of flow matching for D")
+    p.add_argument("--g-warmup", type=whole_or_zero, default=0,
                    help="steps of G on the finetuned model's own trajectories")
-    p.add_argument("--on-policy", type=int, default=0,
+    p.add_argument("--on-policy", type=whole_or_zero, default=0,
                    help="so many of those steps, the last, continue G's own streams and not music")
-    p.add_argument("--warmup-lr", type=float, default=5e-5, help="of both, falling to 0")
+    p.add_argument("--warmup-lr", type=positive_finite, default=5e-5, help="of both, falling to 0")
     p.add_argument("--teacher-steps", type=whole,
                    help="steps of those trajectories (default: as --init plays)")
     p.add_argument("--teacher-cfg", type=finite,
                    help="guidance of those trajectories (default: as --init plays)")
     # reports
     p.add_argument("--every", type=whole, default=50, help="steps between checkpoints")
-    p.add_argument("--sample-every", type=int, default=500,
+    p.add_argument("--sample-every", type=whole_or_zero, default=500,
                    help="steps between samples in out/samples, 0 for none")
     # machine
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -509,6 +510,12 @@ def check_options(args):
     """UserError for options that do not go together."""
     if args.g_warmup and Path(args.init).resolve() == Path(args.out).resolve():
         raise UserError(f"--out {args.out} would overwrite the warm-up's teacher, --init: name another")
+    if args.on_policy > args.g_warmup:
+        raise UserError(f"--on-policy {args.on_policy}: these are the last of the steps of --g-warmup, "
+                        f"{args.g_warmup}")
+    if not args.g_warmup and (args.teacher_steps, args.teacher_cfg) != (None, None):
+        raise UserError("--teacher-steps and --teacher-cfg are of G's warm-up, which has no steps: "
+                        "--g-warmup")
 
 
 def start_networks(args, saved):
@@ -519,6 +526,16 @@ def start_networks(args, saved):
         raise UserError(f"--base {args.base} and --init {args.init} have different autoencoders: their "
                         "latents do not compare")
     return model, start_discriminator(base, saved), base
+
+
+def prepare_data(folder, model, base, device, rank, world):
+    """The Dataset, and what `encode_texts` makes of its prompts for G and for D. Raises UserError."""
+    check_text_encoder(model)
+    check_text_encoder(base)
+    dataset = prepare_once(folder, model, device, rank, world)
+    texts = encode_texts(model, dataset.tracks)
+    critic_texts = texts if base is model else encode_texts(base, dataset.tracks)
+    return dataset, texts, critic_texts
 
 
 def start_optimizers(model, critic, args):
@@ -550,6 +567,15 @@ def start_teacher(args, config, device):
     return teacher, schedule(settings["steps"])[:-1].to(device), settings["cfg"]
 
 
+def label(model, done, most, learned):
+    """What the checkpoint says of itself: how it is played best, and the words that it knows."""
+    if done["D"] + done["G"]:
+        model.stage = "arc"
+        model.sampling = dict(steps=most, **learned)
+    elif done["warm G"]:
+        model.sampling |= learned
+
+
 def describe(args, config, trained, critic):
     """In words, what is trained and on what."""
     c = config
@@ -561,11 +587,11 @@ def describe(args, config, trained, critic):
             f"1 to {args.most} denoising steps a block")
 
 
-def save_state(model, critic, optimizers, done, streams, args):
+def save_state(model, critic, optimizers, done, streams, args, tracks):
     """The checkpoint, from which a run can also be resumed."""
     save(model, args.out, sum(done.values()), " ".join(["arc_forcing.py", *sys.argv[1:]]), args=vars(args),
-         done=done, streams=streams, discriminator={"config": critic.config.to_dict(),
-                                                    "weights": critic.state_dict()},
+         tracks=tracks, done=done, streams=streams,
+         discriminator={"config": critic.config.to_dict(), "weights": critic.state_dict()},
          optimizers={phase: optimizer.state_dict() for phase, optimizer in optimizers.items()})
 
 
@@ -581,14 +607,13 @@ def main():
     c = model.config
     precision_name, precision = training_precision(args.precision, device)
 
-    dataset = prepare_once(args.data, model, device, rank, world)
-    texts = encode_texts(model, dataset.tracks)
-    critic_texts = texts if base is model else encode_texts(base, dataset.tracks)
+    dataset, texts, critic_texts = prepare_data(args.data, model, base, device, rank, world)
     del base
     known_words = words_met(model, dataset.train) if model.sampling.get("words") else []
     learned = dict(prompt=dataset.train[0].prompt, words=known_words)
     setting = Setting(device, precision, args.remat, world / args.batch, texts, critic_texts,
                       schedule(args.most)[:-1].to(device))
+    tracks = track_records(dataset)
     model.to(device)
     critic.to(device)
 
@@ -596,14 +621,17 @@ def main():
     trained, optimizers = start_optimizers(model, critic, args)
     done = dict.fromkeys(PHASES, 0) if saved is None else dict(saved["done"])       # steps made in each phase
     streams = {} if saved is None else dict(saved.get("streams", {}))
-    if saved is not None:
-        for phase, optimizer in optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][phase])
-        del saved                                           # twice the weights' memory
     teacher = None
     if done["warm G"] < args.g_warmup:
         teacher, teacher_levels, teacher_cfg = start_teacher(args, c, device)
-    log = None if rank else Log(log_of(args.out), COLUMNS, sum(done.values()))
+    if saved is None:
+        keep_earlier_run(args.out, rank)
+    else:
+        say_changes(saved.get("tracks", tracks), tracks, rank)
+        for phase, optimizer in optimizers.items():
+            restore(optimizer, saved["optimizers"][phase], args.out)
+        del saved                                           # twice the weights' memory
+    log = None if rank else Log(args.out, COLUMNS, sum(done.values()))
     say(rank, f"{describe(args, c, trained, critic)}; {describe_batch(args, world, device, precision_name)}; "
         f"done {done}")
 
@@ -615,7 +643,7 @@ def main():
 
     def stop():
         if not rank:
-            save_state(model, critic, optimizers, done, streams, args)
+            save_state(model, critic, optimizers, done, streams, args, tracks)
         say(rank, f"\nstopped after step {sum(done.values())}; go on with --resume")
 
     with training_loop(bar, world, stop):
@@ -640,26 +668,23 @@ def main():
                 for name, value in part.items():
                     sums[name] = sums.get(name, 0) + value
             average_gradients(trained[phase], world)
-            gradient = nn.utils.clip_grad_norm_(trained[phase], args.clip)
+            gradient = clip_gradients(trained[phase], args.clip)
             played = gathered(played, world) if played else {}
             optimizers[phase].param_groups[0]["lr"] = learning_rate(phase, done[phase], args)
-            optimizers[phase].step()
+            with uninterrupted():
+                optimizers[phase].step()
+                done[phase] += 1
+                streams |= played
+                label(model, done, args.most, learned)
+                if phase.startswith("warm") and next_phase(done, args) != phase:
+                    optimizers[phase].state.clear()         # no longer needed: twice the weights' memory
+                    teacher = teacher if phase == "warm D" else None
             optimizers[phase].zero_grad(set_to_none=True)
-            done[phase] += 1
-            streams |= played
-            if phase.startswith("warm") and next_phase(done, args) != phase:
-                optimizers[phase].state.clear()             # no longer needed: twice the weights' memory
-                teacher = teacher if phase == "warm D" else None
-            game_steps = done["D"] + done["G"]
-            if game_steps:
-                model.stage = "arc"
-                model.sampling = dict(steps=args.most, **learned)
-            elif phase == "warm G":
-                model.sampling |= learned
             bar.update()
 
             # --- log, warning, checkpoint, sample
             step = sum(done.values())
+            game_steps = done["D"] + done["G"]
             means = batch_means(sums, args.batch, world)
             seconds[phase].append(time.time() - step_began)     # the means have waited for a GPU
             if "spread" in means:
@@ -673,13 +698,13 @@ def main():
                 log.write(step=step, phase=phase, gradient=f"{gradient.item():.6g}",
                           seconds=f"{time.time() - clock:.1f}", **logged)
                 if step % args.every == 0 or not next_phase(done, args):
-                    save_state(model, critic, optimizers, done, streams, args)
+                    save_state(model, critic, optimizers, done, streams, args, tracks)
                 if args.sample_every and phase in ("D", "G") and game_steps % args.sample_every == 0:
-                    path = render_sample(model, texts, learned["prompt"], args.out, game_steps, 10, device,
-                                         precision)
-                    bar.write(f"-> {path}", file=sys.stderr)
+                    bar.write(render_sample(model, setting.texts, learned["prompt"], args.out, game_steps, 10,
+                                            device, precision), file=sys.stderr)
     a_step = [f"{np.mean(times):.2f} s a step of {phase}" for phase, times in seconds.items() if times]
-    say_done(rank, ", ".join(a_step) or "nothing was left to do", device, args.out)
+    nothing = f"nothing is left to do after {args.steps} steps of the game (--steps)"
+    say_done(rank, ", ".join(a_step) or nothing, device, args.out)
 
 
 if __name__ == "__main__":

@@ -204,6 +204,27 @@ def whole(text):
     return value
 
 
+def positive_finite(text):
+    value = finite(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def not_negative(text):
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def whole_or_zero(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
 def random_seed(text):
     value = int(text)
     if not 0 <= value < 2 ** 64:                            # what random number generators take

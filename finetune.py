@@ -9,12 +9,14 @@ Everything random in step n comes from (seed, n): a resumed run, or one on sever
 import argparse
 import contextlib
 import csv
+import io
+import itertools
 import math
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,9 +29,10 @@ from tqdm import tqdm
 
 import data
 from audio import WavWriter, decode_stream, pcm
-from common import (UserError, device_of, load, random_seed, read_checkpoint, regime_of, run, save, speed,
-                    training_precision, whole, writable)
-from model import LMDM, PRESETS, Cond, Numbered, add_noise, forget_t5, shift_time, velocity
+from common import (UserError, device_of, finite, load, not_negative, positive_finite, random_seed,
+                    read_checkpoint, regime_of, run, save, speed, training_precision, whole, whole_or_zero,
+                    writable, write_whole)
+from model import LMDM, Cond, Numbered, add_noise, forget_t5, shift_time, velocity
 from sample import stream
 
 
@@ -142,6 +145,14 @@ def draw_batches(tracks, config, args, micro_batches, first_step):
 
 
 # -------------------------------------------------------------------------------- prompts
+@torch.no_grad()
+def check_text_encoder(model):
+    """UserError where a frozen text encoder (T5) cannot be used: told before hours of encoding audio, not
+    after."""
+    if not model.conditioner.text_encoder.trains:
+        model.conditioner.embed_text([""])
+
+
 def encode_texts(model, tracks):
     """{prompt: embedding}, made once, where the text encoder is frozen (T5). None where it is trained with
     the DiT."""
@@ -179,16 +190,25 @@ def words_met(model, tracks):
 # -------------------------------------------------------------------------------- several processes
 def start_processes(device):
     """(rank, world, device) of this process: one of torchrun's, or the only one. Raises UserError."""
-    if "RANK" not in os.environ:
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"      # what torchrun sets
+    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device_of(device)
+    wrong = [name for name in names if not os.environ.get(name, "").isdigit()]
+    if wrong:
+        raise UserError(f"the environment names several processes, but {', '.join(wrong)} is no number: "
+                        "start with torchrun, or unset RANK and WORLD_SIZE")
     if device.startswith("cuda"):
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
             raise UserError(f"more processes than GPUs: --nproc_per_node={torch.cuda.device_count()}, or "
                             "--device cpu")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = device_of(device)
-    # the others wait while the first encodes the audio, which may take hours
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    try:
+        # the others wait while the first encodes the audio, which may take hours
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(f"the processes cannot be joined ({reason}): start them with torchrun") from None
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -225,49 +245,156 @@ def average_gradients(parameters, world):
 
 # -------------------------------------------------------------------------------- records
 class Log:
-    """A CSV file beside the checkpoint, written row by row. A resumed run drops the rows that it will write
-    again."""
+    """A CSV file beside the checkpoint, written row by row."""
 
-    def __init__(self, path, columns, step):
-        """step: of the checkpoint that the run goes on from."""
-        self.path = Path(path)
+    def __init__(self, out, columns, step):
+        """out: the checkpoint; step: 0 for a new run, else the one resumed from: later rows are dropped,
+        since the run will write them again. Raises UserError, as `write` does."""
+        self.path = log_of(out)
         self.columns = columns
         rows = []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if step and self.path.exists():
-            with open(self.path, newline="") as f:
-                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= step]
-        with open(self.path, "w", newline="") as f:
-            writer = csv.DictWriter(f, columns, extrasaction="ignore")
+        damaged = 0
+        with unwritable(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if step and self.path.exists():
+                rows, damaged = read_log(self.path, columns)
+            if damaged:
+                kept, = set_aside(self.path)
+                print(f"{damaged} lines of {self.path} cannot be read and are left out; as it was it is kept "
+                      f"as {kept}", file=sys.stderr)
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, columns)
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(row for row in rows if row["step"] <= step)
+            if rows:    # whole or not at all: it holds what hours have written
+                write_whole(self.path, lambda file: file.write(text.getvalue().encode()))
+            else:
+                self.path.write_text(text.getvalue(), newline="")
 
     def write(self, **row):
-        with open(self.path, "a", newline="") as f:
+        with unwritable(self.path), open(self.path, "a", newline="") as f:
             csv.DictWriter(f, self.columns, restval="").writerow(row)
+
+
+@contextlib.contextmanager
+def unwritable(path):
+    """An OSError in this block, such as a full disk, becomes a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def read_log(path, columns):
+    """The rows of a log, step as an int, and how many lines are no rows: after a spreadsheet, or a power cut.
+
+    Other separators with decimal commas, other orders of columns and a byte order mark are understood."""
+    text = path.read_bytes().decode("utf-8-sig", "replace").replace("\0", "\ufffd")
+    lines = [line for line in text.splitlines() if line.strip()] or [""]
+    separator = max(",;\t", key=lines[0].count)
+    rows = []
+    try:
+        names, *cells = csv.reader(lines, delimiter=separator)
+    except csv.Error:
+        return [], len(lines)
+    for values in cells:
+        if separator != ",":
+            values = [value.replace(",", ".") for value in values]
+        row = {name: "" for name in columns} | {k: v for k, v in zip(names, values) if k in columns}
+        with contextlib.suppress(ValueError, OverflowError):
+            for name, value in row.items():
+                if value and name != "phase":
+                    float(value)
+            row["step"] = int(float(row["step"]))
+            rows.append(row)
+    return rows, len(cells) - len(rows)
+
+
+def stem_of(out):
+    """A checkpoint's name without .pt: what follows another dot (lr0.1) is part of the name."""
+    return Path(out).name.removesuffix(".pt")
 
 
 def log_of(out):
     """Where the log of a checkpoint lies."""
-    return Path(out).with_suffix(".csv")
+    return Path(out).with_name(stem_of(out) + ".csv")
+
+
+def set_aside(*paths):
+    """Rename the files that exist to NAME.before.pt, NAME.before2.pt and so on, alike. Returns the new
+    paths."""
+    paths = [Path(path) for path in paths if os.path.lexists(path)]
+    for number in itertools.count(1):
+        mark = f".before{number if number > 1 else ''}"
+        kept = []
+        for path in paths:
+            ending = path.suffix if path.suffix in (".pt", ".csv") else ""
+            kept.append(path.with_name(path.name.removesuffix(ending) + mark + ending))
+        if not any(map(os.path.lexists, kept)):
+            break
+    for path, new in zip(paths, kept):
+        path.rename(new)
+    return kept
+
+
+def keep_earlier_run(out, rank):
+    """Where a new run would overwrite the checkpoint of an earlier one, keep that and its log."""
+    if rank or not os.path.lexists(out):
+        return
+    with unwritable(out):
+        kept = " and ".join(map(str, set_aside(out, log_of(out))))
+    say(rank, f"{out} is there already and is kept as {kept} (--resume would go on from it)")
+
+
+def track_records(dataset):
+    """{name: [frames, prompt, held out?, deviation of some latents]}, by which a changed folder is noticed.
+
+    The deviation and not the bytes: another machine makes slightly other latents of the same audio."""
+    held_out = {track.name for track in dataset.validation}
+    records = {}
+    for track in dataset.tracks:
+        some = track.latents[::max(1, track.frames // 100)].astype(np.float32)      # (n, C)
+        deviation = float(some.std(axis=0).mean())
+        records[track.name] = [track.frames, track.prompt, track.name in held_out, deviation]
+    return records
+
+
+def say_changes(before, now, rank):
+    """Name the tracks by which two results of `track_records` differ."""
+    both = before.keys() & now.keys()
+    changed = {name for name in both if before[name][:3] != now[name][:3]
+               or not math.isclose(before[name][3], now[name][3], rel_tol=0.01)}
+    parts = []
+    for kind, names in (("added", now.keys() - both), ("removed", before.keys() - both),
+                        ("changed", changed)):
+        if names:
+            parts.append(f"{len(names)} {kind} ({', '.join(sorted(names)[:5])}{', ...' * (len(names) > 5)})")
+    if parts:
+        say(rank,
+            f"the data is not what it was when the checkpoint was written: {'; '.join(parts)}; training "
+            "goes on with what is there now")
 
 
 def render_sample(model, texts, prompt, out, number, seconds, device, precision):
-    """Write a short stream, played as the checkpoint `out` would play it, to samples/ beside it. Returns the
-    path."""
+    """Write a short stream, played as the checkpoint `out` would play it, to samples/ beside it.
+
+    Returns a line that says where it is. One that cannot be written is no reason to end a training."""
     c = model.config
     blocks = math.ceil(seconds * c.frame_rate / c.block)
     with precision(), torch.no_grad():
         cond = condition(model, texts, [prompt], device)
         latents = [z.float() for z in stream(model, cond, blocks=blocks)]
-    path = Path(out).parent / "samples" / f"{Path(out).stem}_{number}.wav"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as f:
-        writer = WavWriter(f, c.sample_rate, c.audio_channels)
-        for audio in decode_stream(model.autoencoder, latents):
-            writer.write(pcm(audio))
-        writer.close()
-    return path
+    path = Path(out).parent / "samples" / f"{stem_of(out)}_{number}.wav"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as f:
+            writer = WavWriter(f, c.sample_rate, c.audio_channels)
+            for audio in decode_stream(model.autoencoder, latents):
+                writer.write(pcm(audio))
+            writer.close()
+    except OSError as error:
+        return f"warning: no sample, {path} cannot be written ({error.strerror})"
+    return f"-> {path}"
 
 
 def peak_memory(device):
@@ -321,6 +448,19 @@ def set_up(args):
     return rank, world, device, micro_batches
 
 
+def restore(optimizer, state, path):
+    """An optimizer as a checkpoint holds it. Raises UserError."""
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its optimizer is not this model's ({str(error)[:100]})") from None
+
+
+def clip_gradients(parameters, most):
+    """Scale gradients to a norm of at most `most`, where that is not 0. Returns the norm from before."""
+    return nn.utils.clip_grad_norm_(parameters, most or math.inf)
+
+
 def say(rank, text):
     """A line on standard error, from the first process."""
     if not rank:
@@ -339,13 +479,31 @@ def describe_batch(args, world, device, precision_name):
 
 
 @contextlib.contextmanager
+def uninterrupted():
+    """Ctrl-C and SIGTERM take effect after this block: an update, or a checkpoint, is made whole or not at
+    all."""
+    arrived = []
+    before = {}
+    for number in signal.SIGINT, signal.SIGTERM:
+        before[number] = signal.signal(number, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
+
+
+@contextlib.contextmanager
 def training_loop(bar, world, stop):
-    """Around the loop over steps. On Ctrl-C stop() saves what was learned; at the end all processes leave
-    together."""
+    """Around the loop over steps. On Ctrl-C or SIGTERM stop() saves what was learned; at the end all
+    processes leave together."""
     try:
         yield
     except KeyboardInterrupt:
-        stop()
+        with uninterrupted():                               # by the impatient second Ctrl-C
+            stop()
         raise
     else:
         if world > 1:
@@ -369,8 +527,7 @@ def parser():
     p.add_argument("--data", help="folder of audio files (needed, except with --resume)")
     p.add_argument("--out", default="out/finetune.pt")
     p.add_argument("--init", default=str(Path(__file__).parent / "nano.pt"),
-                   help="checkpoint to start from, or none")
-    p.add_argument("--preset", choices=sorted(PRESETS), default="nano", help="sizes for --init none")
+                   help="checkpoint to start from; its autoencoder stays as it is")
     p.add_argument("--resume", action="store_true",
                    help="go on from --out, with its settings unless given again")
     # the stream
@@ -384,20 +541,20 @@ def parser():
     p.add_argument("--batch", type=whole, default=16,
                    help="crops per step, over all processes and accumulations")
     p.add_argument("--accumulate", type=whole, default=1, help="backward passes per step")
-    p.add_argument("--shift", type=float, default=0.0,
+    p.add_argument("--shift", type=finite, default=0.0,
                    help="how far to shift levels towards noise beyond the public models' shift")
-    p.add_argument("--lr", type=float, default=5e-5)
-    p.add_argument("--lr-end", type=float, help="cosine to this at the last step (default: constant)")
-    p.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
-    p.add_argument("--clip", type=float, default=1.0, help="gradient norm")
+    p.add_argument("--lr", type=positive_finite, default=5e-5)
+    p.add_argument("--lr-end", type=not_negative, help="cosine to this at the last step (default: constant)")
+    p.add_argument("--warmup", type=whole_or_zero, default=0, help="steps of linear warm-up")
+    p.add_argument("--clip", type=not_negative, default=1.0, help="largest gradient norm, 0 for no clipping")
     p.add_argument("--seed", type=random_seed, default=0)
     # reports
     p.add_argument("--every", type=whole, default=250,
                    help="steps between validation, checkpoint and log row")
     p.add_argument("--validation-crops", type=whole, default=32)
-    p.add_argument("--sample-every", type=int, default=1000,
+    p.add_argument("--sample-every", type=whole_or_zero, default=1000,
                    help="steps between samples in out/samples, 0 for none")
-    p.add_argument("--sample-seconds", type=float, default=10)
+    p.add_argument("--sample-seconds", type=positive_finite, default=10)
     # machine
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto")
@@ -407,21 +564,28 @@ def parser():
     return p
 
 
+def check_options(args):
+    """UserError for options that make no sense."""
+    if args.data is None:
+        raise UserError("--data is missing: name a folder of audio files")
+    if abs(args.shift) > 20:
+        raise UserError(f"--shift {args.shift:g} leaves nothing but noise, or nothing but music: -20 to 20")
+    if args.init == "none" and not args.resume:
+        raise UserError("--init none: the autoencoder would be random, and whatever is learned heard as "
+                        "noise; name a checkpoint with a trained one (nano.py autoencoder makes it)")
+
+
 def start_model(args):
-    """The model that --init, --preset and the stream's options name."""
+    """The model that --init and the stream's options name."""
     names = "causal", "block", "context_blocks"
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    sampling = {}
-    if args.init == "none":
-        model = LMDM(replace(PRESETS[args.preset], **overrides))
-    else:
-        model = load(args.init, **overrides)
-        sampling = model.sampling if model.stage == "finetune" else model.sampling.get("finetuned", {})
-        sampling = {**sampling, "words": model.sampling.get("words", [])}
-        if model.stage == "autoencoder":                    # its other weights were never trained
-            autoencoder = model.autoencoder
-            model = LMDM(model.config)
-            model.autoencoder = autoencoder
+    model = load(args.init, **overrides)
+    sampling = model.sampling if model.stage == "finetune" else model.sampling.get("finetuned", {})
+    sampling = {**sampling, "words": model.sampling.get("words", [])}
+    if model.stage == "autoencoder":                        # its other weights were never trained
+        autoencoder = model.autoencoder
+        model = LMDM(model.config)
+        model.autoencoder = autoencoder
     model.stage = "finetune"
     model.sampling = sampling
     return model
@@ -430,7 +594,7 @@ def start_model(args):
 def check_unchanged(args, saved, config):
     """UserError for options that --resume cannot change, given with another value than the run began with."""
     began_with = {**saved["args"], **config.to_dict()}
-    for name in "init", "preset", "causal", "block", "context_blocks":
+    for name in "init", "causal", "block", "context_blocks":
         now = getattr(args, name)
         then = began_with.get(name, now)
         same = now == then
@@ -447,16 +611,15 @@ def learning_rate(step, args):
     return min(1, (step + 1) / max(1, args.warmup)) * cosine
 
 
-def save_state(model, optimizer, step, args):
+def save_state(model, optimizer, step, args, tracks):
     """The checkpoint, from which a run can also be resumed."""
     save(model, args.out, step, " ".join(["finetune.py", *sys.argv[1:]]), optimizer=optimizer.state_dict(),
-         args=vars(args))
+         args=vars(args), tracks=tracks)
 
 
 def main():
     args, saved = parse(parser(), "optimizer", "finetuning")
-    if args.data is None:
-        raise UserError("--data is missing: name a folder of audio files")
+    check_options(args)
     rank, world, device, micro_batches = set_up(args)
     if speed and not args.remat:    # activation checkpointing is for those short of memory
         speed.keep_memory()
@@ -467,9 +630,11 @@ def main():
     c = model.config
     args.blocks = args.blocks if c.causal else 1
 
+    check_text_encoder(model)
     dataset = prepare_once(args.data, model, device, rank, world)
     texts = encode_texts(model, dataset.tracks)
     model.sampling |= dict(prompt=dataset.train[0].prompt, words=words_met(model, dataset.train))
+    tracks = track_records(dataset)
     model.to(device).requires_grad_(False)
 
     # --- optimizer: everything but the autoencoder
@@ -478,11 +643,14 @@ def main():
         p.requires_grad_()
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=0)
     step = 0
-    if saved is not None:
-        optimizer.load_state_dict(saved["optimizer"])
+    if saved is None:
+        keep_earlier_run(args.out, rank)
+    else:
+        say_changes(saved.get("tracks", tracks), tracks, rank)
+        restore(optimizer, saved["optimizer"], args.out)
         step = saved["step"]
         del saved                                           # twice the weights' memory
-    log = None if rank else Log(log_of(args.out), ("step", "loss", "validation", "lr", "seconds"), step)
+    log = None if rank else Log(args.out, ("step", "loss", "validation", "lr", "seconds"), step)
     say(rank, f"{regime_of(c)}, {millions(trained)} parameters to train; window {c.window} frames = "
         f"{c.window / c.frame_rate:.2f} s, {args.blocks} of {c.block} learned at once; "
         f"{describe_batch(args, world, device, precision_name)}; steps {step} to {args.steps}")
@@ -504,7 +672,7 @@ def main():
 
     def stop():
         if not rank:
-            save_state(model, optimizer, step, args)
+            save_state(model, optimizer, step, args, tracks)
         say(rank, f"\nstopped after step {step}; go on with --resume")
 
     with contextlib.closing(batches), training_loop(bar, world, stop):
@@ -524,11 +692,12 @@ def main():
             average_gradients(trained, world)
             if world > 1:
                 dist.all_reduce(loss)
-            gradient = nn.utils.clip_grad_norm_(trained, args.clip)
+            gradient = clip_gradients(trained, args.clip)
             optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-            optimizer.step()
+            with uninterrupted():
+                optimizer.step()
+                step += 1
             optimizer.zero_grad(set_to_none=True)
-            step += 1
             learning_seconds += time.time() - step_began
             bar.update()
             if step % 10 == 0:
@@ -543,12 +712,13 @@ def main():
                               f"{seconds:.0f} s", file=sys.stderr)
                     log.write(step=step, loss=f"{loss.item():.9g}", validation=f"{held_out:.9g}",
                               lr=f"{learning_rate(step - 1, args):.3g}", seconds=f"{seconds:.1f}")
-                    save_state(model, optimizer, step, args)
+                    save_state(model, optimizer, step, args, tracks)
             if args.sample_every and step % args.sample_every == 0 and not rank:
-                path = render_sample(model, texts, model.sampling["prompt"], args.out, step,
-                                     args.sample_seconds, device, precision)
-                bar.write(f"-> {path}", file=sys.stderr)
+                bar.write(render_sample(model, texts, model.sampling["prompt"], args.out, step,
+                                        args.sample_seconds, device, precision), file=sys.stderr)
     steps_made = step - first_step
+    if not steps_made:
+        say(rank, f"nothing is left to do after step {step}: --steps {args.steps}")
     say_done(rank, f"{steps_made} steps of {tokens} tokens, "
              f"{tokens * steps_made / max(1e-9, learning_seconds):.0f} tokens/s", device, args.out)
 
