@@ -510,6 +510,8 @@ def check_options(args):
     """UserError for options that do not go together."""
     if args.g_warmup and Path(args.init).resolve() == Path(args.out).resolve():
         raise UserError(f"--out {args.out} would overwrite the warm-up's teacher, --init: name another")
+    if args.resume:
+        return
     if args.on_policy > args.g_warmup:
         raise UserError(f"--on-policy {args.on_policy}: these are the last of the steps of --g-warmup, "
                         f"{args.g_warmup}")

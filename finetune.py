@@ -147,15 +147,13 @@ def draw_batches(tracks, config, args, micro_batches, first_step):
 # -------------------------------------------------------------------------------- prompts
 @torch.no_grad()
 def check_text_encoder(model):
-    """UserError where a frozen text encoder (T5) cannot be used: told before hours of encoding audio, not
-    after."""
+    """UserError where a frozen text encoder (T5) cannot be used: before hours of encoding, not after."""
     if not model.conditioner.text_encoder.trains:
         model.conditioner.embed_text([""])
 
 
 def encode_texts(model, tracks):
-    """{prompt: embedding}, made once, where the text encoder is frozen (T5). None where it is trained with
-    the DiT."""
+    """{prompt: embedding} where the text encoder is frozen (T5), None where it is trained with the DiT."""
     if model.conditioner.text_encoder.trains:
         return None
     prompts = sorted({track.prompt for track in tracks})
@@ -189,10 +187,12 @@ def words_met(model, tracks):
 
 # -------------------------------------------------------------------------------- several processes
 def start_processes(device):
-    """(rank, world, device) of this process: one of torchrun's, or the only one. Raises UserError."""
-    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"      # what torchrun sets
+    """(rank, world, device) of this process: one of several, or the only one. Raises UserError."""
     if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device_of(device)
+    names = ["RANK", "WORLD_SIZE", "MASTER_PORT"]           # torchrun sets them
+    if device.startswith("cuda"):
+        names += ["LOCAL_RANK", "LOCAL_WORLD_SIZE"]
     wrong = [name for name in names if not os.environ.get(name, "").isdigit()]
     if wrong:
         raise UserError(f"the environment names several processes, but {', '.join(wrong)} is no number: "
@@ -266,7 +266,7 @@ class Log:
             writer = csv.DictWriter(text, columns)
             writer.writeheader()
             writer.writerows(row for row in rows if row["step"] <= step)
-            if rows:    # whole or not at all: it holds what hours have written
+            if rows:                                        # hours of them: write all or none
                 write_whole(self.path, lambda file: file.write(text.getvalue().encode()))
             else:
                 self.path.write_text(text.getvalue(), newline="")
@@ -321,8 +321,9 @@ def log_of(out):
 
 
 def set_aside(*paths):
-    """Rename the files that exist to NAME.before.pt, NAME.before2.pt and so on, alike. Returns the new
-    paths."""
+    """Rename the files that exist to NAME.before.pt, or NAME.before2.pt and so on where there is one already.
+
+    All get the same number. Returns the new paths."""
     paths = [Path(path) for path in paths if os.path.lexists(path)]
     for number in itertools.count(1):
         mark = f".before{number if number > 1 else ''}"
@@ -370,9 +371,8 @@ def say_changes(before, now, rank):
         if names:
             parts.append(f"{len(names)} {kind} ({', '.join(sorted(names)[:5])}{', ...' * (len(names) > 5)})")
     if parts:
-        say(rank,
-            f"the data is not what it was when the checkpoint was written: {'; '.join(parts)}; training "
-            "goes on with what is there now")
+        say(rank, f"the data is not what it was when the checkpoint was written: {'; '.join(parts)}; "
+            "training goes on with what is there now")
 
 
 def render_sample(model, texts, prompt, out, number, seconds, device, precision):
@@ -433,11 +433,9 @@ def parse(p, needs, training):
 
 
 def set_up(args):
-    """Threads, processes, device and random numbers. Returns (rank, world, device, this process's slices of a
-    batch).
+    """Threads, processes, device and random numbers, and what would only fail later: --out, --batch.
 
-    Raises UserError for what would otherwise end a run later: an --out that cannot be written, a batch that
-    does not divide."""
+    Returns (rank, world, device, this process's slices of a batch). Raises UserError."""
     writable(args.out)
     torch.set_flush_denormal(True)
     if args.threads:

@@ -2105,7 +2105,8 @@ BAD = [(sample.main, ["--ckpt", "{tmp}/none.pt"], "no checkpoint at"),
        (finetune.main, ["--resume", "--out", "{tmp}/arc.pt"], "no finetuning to resume"),
        (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--block", "7"], "was begun with block"),
        (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--no-causal"], "was begun with causal True"),
-       (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--init", "{tiny}"], "was begun with init none"),
+       (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--init", "{tiny}"],
+        "was begun with init none"),
        (finetune.main, ["--init", "none", "--data", "{tmp}/text"], "autoencoder would be random"),
        (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text"], "is a folder"),
        (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text/song.wav/ft.pt"],
@@ -2223,7 +2224,8 @@ def test_encoder_decoder_learns_one_block_of_a_crop():
     prompt = model.dit.encode_prompt(condition(model))
     with pytest.raises(ValueError, match="learns one block"):
         finetune.block_losses(model, prompt, latents, torch.randn(2, 8, 12), torch.rand(2, 2))
-    assert finetune.block_losses(model, prompt, latents, torch.randn(2, 8, 6), torch.rand(2, 1)).shape == (2, 1)
+    losses = finetune.block_losses(model, prompt, latents, torch.randn(2, 8, 6), torch.rand(2, 1))
+    assert losses.shape == (2, 1)
 
 
 def killed_after(step, log, name, *args, cwd):
@@ -2305,7 +2307,7 @@ def test_numbers_that_make_no_sense(main, option, tiny_file, music, call, monkey
                                          "RANK=x WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=2 MASTER_PORT=1",
                                          "RANK=7 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=2 MASTER_PORT=1"])
 def test_half_an_environment_of_several_processes(environment, tiny_file, music, call, monkeypatch):
-    """A cluster may leave some of torchrun's variables: neither a traceback, nor two trainings on one file."""
+    """A cluster may leave some of torchrun's variables: no traceback, and no two trainings on one file."""
     for setting in environment.split():
         monkeypatch.setenv(*setting.split("="))
     status, err = call(finetune.main, "--init", tiny_file, "--data", music, *TRAIN, "--steps", 1)
@@ -2355,8 +2357,8 @@ def test_a_new_run_keeps_the_earlier_one(name, tiny_file, music, tmp_path, call)
 def test_each_checkpoint_has_its_own_log_and_samples(tiny_file, music, tmp_path, call):
     """What follows the last dot of a name without .pt is part of the name, not an ending."""
     for out in "lr0.1", "lr0.5", "v1.final", "v1.pt":
-        done = call(finetune.main, "--init", tiny_file, "--data", music, *TRAIN, "--steps", 1, "--sample-every", 1,
-                    "--sample-seconds", 0.01, "--out", f"o/{out}")
+        done = call(finetune.main, "--init", tiny_file, "--data", music, *TRAIN, "--steps", 1,
+                    "--sample-every", 1, "--sample-seconds", 0.01, "--out", f"o/{out}")
         assert done[0] == 0 and "-> o/" in done[1], done
     names = {"lr0.1", "lr0.5", "v1.final", "v1"}
     assert {p.name for p in (tmp_path / "o").glob("*.csv")} == {f"{name}.csv" for name in names}
@@ -2364,7 +2366,7 @@ def test_each_checkpoint_has_its_own_log_and_samples(tiny_file, music, tmp_path,
 
 
 def test_data_that_has_changed_is_named(tiny_file, music, tmp_path, call):
-    """--resume goes on, but not as if nothing had happened: a track more, one less, one shorter, one's caption."""
+    """--resume goes on, but names a track that was added, removed, cut short, or has another caption."""
     shutil.copytree(music, tmp_path / "music")
     args = ["--init", tiny_file, "--data", "music", *TRAIN]
     assert call(finetune.main, *args, "--steps", 1)[0] == 0
@@ -2388,7 +2390,8 @@ def test_data_that_has_changed_is_named(tiny_file, music, tmp_path, call):
 
 DAMAGED_LOGS = {
     # the text, the steps whose rows can be read, how many lines cannot
-    "semicolons": ("\ufeffstep;loss;validation;lr;seconds\r\n0;;3,25;;\r\n1;2,5;3,125;0,001;0,5\r\n", [0, 1], 0),
+    "semicolons": ("\ufeffstep;loss;validation;lr;seconds\r\n0;;3,25;;\r\n1;2,5;3,125;0,001;0,5\r\n",
+                   [0, 1], 0),
     "reordered": ("note,seconds,step,validation\nmine,,0,3.25\n,0.5,1,3.125\n", [0, 1], 0),
     "floats": ("step,loss,validation,lr,seconds\n0.0,,3.25,,\n1.0,2.5,3.125,0.001,0.5\n", [0, 1], 0),
     "zeros": ("step,loss,validation,lr,seconds\n0,,3.25,,\n\0\0\0\0\0", [0], 1),
