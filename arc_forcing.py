@@ -146,6 +146,8 @@ def start_discriminator(base, saved):
         critic = Discriminator(base.config)
         critic.dit.load_state_dict(base.dit.state_dict())
         critic.conditioner.load_state_dict(base.conditioner.state_dict())
+    if base.conditioner.words is not None:                  # its rows are no weights
+        critic.conditioner.words.known = base.conditioner.words.known
     return critic.eval()
 
 
@@ -536,8 +538,10 @@ def prepare_data(folder, model, base, device, rank, world):
     check_text_encoder(base)
     dataset = prepare_once(folder, model, device, rank, world)
     texts = encode_texts(model, dataset.tracks)
-    critic_texts = texts if base is model else encode_texts(base, dataset.tracks)
-    return dataset, texts, critic_texts
+    if base is model:
+        return dataset, texts, texts
+    words_met(base, dataset.train)                          # D's encoder shares the rows of base's
+    return dataset, texts, encode_texts(base, dataset.tracks)
 
 
 def start_optimizers(model, critic, args):

@@ -2534,6 +2534,19 @@ def test_discriminator_scores_the_rollout_only():
         assert moved == {id(p) for p in critic.trained(phase)}
 
 
+def test_the_discriminator_reads_words_in_the_rows_that_g_gave_them():
+    """Of two words with the same hash one has another row: D, whose table is a copy, must look there too."""
+    model = tiny(text_width=2)
+    words = [f"word{i}" for i in range(9)]
+    first, second = next(pair for pair in itertools.combinations(words, 2)
+                         if len({model.conditioner.words.row_of(word) for word in pair}) == 1)
+    critic = arc_forcing.start_discriminator(model, None)
+    finetune.words_met(model, [SimpleNamespace(prompt=f"{first} {second}")])
+    for word in first, second:
+        assert torch.equal(condition(model, word).tokens, condition(critic, word).tokens)
+    assert not torch.equal(condition(critic, first).tokens, condition(critic, second).tokens)
+
+
 def drawn(music, rows=slice(0, 6), step=0, phase="D", blocks=2, **kw):
     model = tiny(**kw)
     tracks = data.prepare(music, model, Path(music) / ".latents", quiet=True).train
