@@ -125,6 +125,11 @@ def check_streams(path, stage):
         raise UserError(f"{path} (stage {stage}) has not learned to stream: finetune it first (finetune.py --init {path})")
 
 
+def regime_of(config):
+    """How a model's context is read, in words."""
+    return "block-causal" if config.causal else "encoder-decoder"
+
+
 def default_checkpoint():
     shipped = Path(__file__).with_name("nano.pt")
     if shipped.is_relative_to(Path.cwd()):                  # the shorter name
@@ -196,6 +201,27 @@ def whole(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def positive_finite(text):
+    value = finite(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def not_negative(text):
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def whole_or_zero(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
 
 

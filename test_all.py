@@ -450,6 +450,9 @@ def test_losses_by_hand():
     for differs in (0.0, 1.0):
         loss = arc_forcing.contrastive_loss(real, wrong, weights, torch.tensor([differs]))
         assert loss.item() == pytest.approx(differs * (0.25 * softplus(1) + 0.75 * softplus(-4)))
+    x0, target = torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]]), torch.tensor([[[1.5, 1.0]], [[0.0, 3.0]]])
+    loss = arc_forcing.distill_loss(x0, target, torch.tensor(0.5))
+    assert loss.tolist() == pytest.approx([(0.25 + 1) / 2 / 0.25, 4.5 / 0.25])
 
 
 def test_save_and_load(tmp_path):
@@ -2103,10 +2106,10 @@ BAD = [(sample.main, ["--ckpt", "{tmp}/none.pt"], "no checkpoint at"),
         "does not divide"), (finetune.main, ["--resume", "--out", "{tiny}"], "no training to resume"),
        (finetune.main, ["--resume", "--out", "{tmp}/arc.pt"], "no finetuning to resume"),
        (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--block", "7"], "was begun with block"),
-       (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--preset", "sao_small"],
-        "was begun with preset nano"), (finetune.main,
-                                        ["--resume", "--out", "{tmp}/begun.pt", "--init", "{tiny}"],
-                                        "was begun with init none"),
+       (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--no-causal"], "was begun with causal True"),
+       (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--init", "{tiny}"],
+        "was begun with init none"),
+       (finetune.main, ["--init", "none", "--data", "{tmp}/text"], "autoencoder would be random"),
        (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text"], "is a folder"),
        (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text/song.wav/ft.pt"],
         "no folder that can be written in"), (arc_forcing.main,
@@ -2217,6 +2220,16 @@ def test_batches_are_drawn_by_step(tmp_path):
     assert torch.allclose(shifted[3].double(), t / (t + math.exp(-1.5) * (1 - t)), atol=1e-5)
 
 
+def test_encoder_decoder_learns_one_block_of_a_crop():
+    """With more, a noisy block would see itself clean, by way of the clean blocks before it."""
+    model, latents = tiny(causal=False), torch.randn(2, 8, 30)
+    prompt = model.dit.encode_prompt(condition(model))
+    with pytest.raises(ValueError, match="learns one block"):
+        finetune.block_losses(model, prompt, latents, torch.randn(2, 8, 12), torch.rand(2, 2))
+    losses = finetune.block_losses(model, prompt, latents, torch.randn(2, 8, 6), torch.rand(2, 1))
+    assert losses.shape == (2, 1)
+
+
 def killed_after(step, log, name, *args, cwd):
     """Start a script and kill -9 it once its log holds this step."""
     broken = subprocess.Popen([sys.executable, HERE / name, *map(str, args)], cwd=cwd,
@@ -2272,6 +2285,209 @@ def test_accumulation_checkpointing_and_processes_change_nothing(tiny_file, musi
         assert max((m - n).abs().max() for m, n in zip(plain, other)) < 1e-6
 
 
+NONSENSE = [(finetune.main, "--lr nan"), (finetune.main, "--lr 0"), (finetune.main, "--lr -1"),
+            (finetune.main, "--lr-end inf"), (finetune.main, "--warmup -1"), (finetune.main, "--clip nan"),
+            (finetune.main, "--clip -1"), (finetune.main, "--shift nan"), (finetune.main, "--shift -1000"),
+            (finetune.main, "--shift 800"), (finetune.main, "--sample-every -5"),
+            (finetune.main, "--sample-seconds inf"), (finetune.main, "--sample-seconds -1"),
+            (arc_forcing.main, "--lr nan"), (arc_forcing.main, "--d-lr -1"), (arc_forcing.main, "--clip inf"),
+            (arc_forcing.main, "--warmup-lr nan"), (arc_forcing.main, "--d-warmup -1"),
+            (arc_forcing.main, "--g-warmup -1"), (arc_forcing.main, "--on-policy -1"),
+            (arc_forcing.main, "--on-policy 5"), (arc_forcing.main, "--teacher-steps 4"),
+            (arc_forcing.main, "--sample-every -1")]
+
+
+@pytest.mark.parametrize("main, option", NONSENSE)
+def test_numbers_that_make_no_sense(main, option, tiny_file, music, call, monkeypatch):
+    """Told in one line before anything long begins."""
+    monkeypatch.setattr(data, "prepare", lambda *args, **kw: pytest.fail("encoding began"))
+    status, err = call(main, "--init", tiny_file, "--data", music, *option.split())
+    assert status == 2 and option.split()[0] in err.splitlines()[-1] and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("environment", ["RANK=0", "WORLD_SIZE=2", "RANK=0 WORLD_SIZE=2 LOCAL_RANK=0",
+                                         "RANK=x WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=2 MASTER_PORT=1",
+                                         "RANK=7 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=2 MASTER_PORT=1"])
+def test_half_an_environment_of_several_processes(environment, tiny_file, music, call, monkeypatch):
+    """A cluster may leave some of torchrun's variables: no traceback, and no two trainings on one file."""
+    for setting in environment.split():
+        monkeypatch.setenv(*setting.split("="))
+    status, err = call(finetune.main, "--init", tiny_file, "--data", music, *TRAIN, "--steps", 1)
+    assert status == 2 and "torchrun" in err and "Traceback" not in err, err
+
+
+def test_a_missing_text_encoder_is_told_before_hours_of_encoding(music, tmp_path, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(data, "prepare", lambda *args, **kw: pytest.fail("encoding began"))
+    common.save(tiny(text="t5", text_width=16), tmp_path / "t5.pt")
+    for main in finetune.main, arc_forcing.main:
+        status, err = call(main, "--init", "t5.pt", "--data", music)
+        assert status == 2 and "pip install transformers" in err, err
+
+
+def test_clip_zero_is_no_clipping(tiny_file, music, tmp_path, call):
+    """... and not a gradient of zero, with which nothing is learned. Adam's first moment shows its size."""
+    moments = []
+    for clip in 0, 1e9, 1e-6:
+        args = ["--init", tiny_file, "--data", music, *TRAIN, "--steps", 1, "--clip", clip]
+        assert (done := call(finetune.main, *args, "--out", f"{clip}.pt"))[0] == 0, done
+        state = torch.load(tmp_path / f"{clip}.pt", weights_only=True)["optimizer"]["state"]
+        moments.append(torch.cat([s["exp_avg"].flatten() for s in state.values()]))
+    assert moments[0].any() and torch.equal(moments[0], moments[1]) and moments[2].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["finetune", "arc_forcing"])
+def test_a_new_run_keeps_the_earlier_one(name, tiny_file, music, tmp_path, call):
+    """--resume forgotten: checkpoint and log of hours get another name, and another one the next time."""
+    args = ["--init", tiny_file, "--data", music, "--steps", 1, "--batch", 2, "--every", 1, "--threads", 1]
+    args += {"finetune": ["--validation-crops", 2, "--blocks", 1],
+             "arc_forcing": ["--d-warmup", 0, "--rollout", 1]}[name]
+    main = importlib.import_module(name).main
+    out, log = tmp_path / "o" / "run.pt", tmp_path / "o" / "run.csv"
+    kept = []
+    for mark in "", ".before", ".before2":
+        status, err = call(main, *args, "--out", "o/run.pt", "--seed", len(kept))
+        assert status == 0 and (f"o/run{mark}.pt" in err) and ("--resume" in err) == bool(mark), err
+        kept.append((out.read_bytes(), log.read_text()))
+    assert len({content for content, _ in kept}) == 3
+    for (content, rows), mark in zip(kept, (".before", ".before2", "")):
+        assert (tmp_path / "o" / f"run{mark}.pt").read_bytes() == content
+        assert (tmp_path / "o" / f"run{mark}.csv").read_text() == rows
+    assert sorted(p.suffix for p in (tmp_path / "o").iterdir()) == [".csv"] * 3 + [".pt"] * 3
+
+
+def test_each_checkpoint_has_its_own_log_and_samples(tiny_file, music, tmp_path, call):
+    """What follows the last dot of a name without .pt is part of the name, not an ending."""
+    for out in "lr0.1", "lr0.5", "v1.final", "v1.pt":
+        done = call(finetune.main, "--init", tiny_file, "--data", music, *TRAIN, "--steps", 1,
+                    "--sample-every", 1, "--sample-seconds", 0.01, "--out", f"o/{out}")
+        assert done[0] == 0 and "-> o/" in done[1], done
+    names = {"lr0.1", "lr0.5", "v1.final", "v1"}
+    assert {p.name for p in (tmp_path / "o").glob("*.csv")} == {f"{name}.csv" for name in names}
+    assert {p.name for p in (tmp_path / "o" / "samples").iterdir()} == {f"{name}_1.wav" for name in names}
+
+
+def test_data_that_has_changed_is_named(tiny_file, music, tmp_path, call):
+    """--resume goes on, but names a track that was added, removed, cut short, or has another caption."""
+    shutil.copytree(music, tmp_path / "music")
+    args = ["--init", tiny_file, "--data", "music", *TRAIN]
+    assert call(finetune.main, *args, "--steps", 1)[0] == 0
+    status, err = call(finetune.main, "--resume", "--steps", 2)
+    assert status == 0 and "is not what it was" not in err, err
+    (tmp_path / "music" / "tone 0.wav").unlink()
+    (tmp_path / "music" / "tone 1.txt").write_text("quiet")
+    save_wav(tmp_path / "music" / "tone 2.wav", 0.5)
+    save_wav(tmp_path / "music" / "new.wav", 0.8)
+    status, err = call(finetune.main, "--resume", "--steps", 3)
+    line, = (line for line in err.splitlines() if "is not what it was" in line)
+    assert status == 0 and "1 added (new.wav); 1 removed (tone 0.wav);" in line
+    assert "tone 1.wav" in line and "tone 2.wav" in line and line.count(".wav") == 4
+    status, err = call(finetune.main, "--resume", "--steps", 4)
+    assert status == 0 and "is not what it was" not in err, err
+    save_wav(tmp_path / "music" / "new.wav", 0.8, seed=1)   # of the same length, but a quarter as loud
+    audio, rate = soundfile.read(tmp_path / "music" / "new.wav")
+    soundfile.write(tmp_path / "music" / "new.wav", audio / 4, rate)
+    assert "1 changed (new.wav)" in call(finetune.main, "--resume", "--steps", 5)[1]
+
+
+DAMAGED_LOGS = {
+    # the text, the steps whose rows can be read, how many lines cannot
+    "semicolons": ("\ufeffstep;loss;validation;lr;seconds\r\n0;;3,25;;\r\n1;2,5;3,125;0,001;0,5\r\n",
+                   [0, 1], 0),
+    "reordered": ("note,seconds,step,validation\nmine,,0,3.25\n,0.5,1,3.125\n", [0, 1], 0),
+    "floats": ("step,loss,validation,lr,seconds\n0.0,,3.25,,\n1.0,2.5,3.125,0.001,0.5\n", [0, 1], 0),
+    "zeros": ("step,loss,validation,lr,seconds\n0,,3.25,,\n\0\0\0\0\0", [0], 1),
+    "cut": ("step,loss,validation,lr,seconds\n0,,3.25,,\nthere was a row", [0], 1),
+    "dates": ("step,loss,validation,lr,seconds\n0,,3. Mrz 25,,\n1,2.5,3.125,0.001,0.5\n", [1], 1),
+    "another table": ("name,price\na,1\nb,2\n", [], 2),
+    "empty": ("", [], 0)}
+
+
+def test_a_damaged_log_does_not_keep_a_training_from_going_on(tiny_file, music, tmp_path, call):
+    """Rows that can be read stay, others are counted, and then the file is kept as it was."""
+    args = ["--init", tiny_file, "--data", music, *TRAIN]
+    assert call(finetune.main, *args, "--steps", 1)[0] == 0
+    saved = (tmp_path / "out" / "finetune.pt").read_bytes()
+    for name, (text, steps, damaged) in DAMAGED_LOGS.items():
+        out, log = tmp_path / f"{name}.pt", tmp_path / f"{name}.csv"
+        out.write_bytes(saved)
+        log.write_bytes(text.encode())
+        status, err = call(finetune.main, "--resume", "--steps", 2, "--out", out)
+        assert status == 0, (name, err)
+        rows = rows_of(log)
+        assert [row["step"] for row in rows] == [*map(str, steps), "2"]
+        assert list(rows[0]) == ["step", "loss", "validation", "lr"]
+        assert all(float(row["validation"]) in (3.25, 3.125) for row in rows[:-1])
+        assert (f"{damaged} lines of" in err) == bool(damaged), (name, err)
+        kept = tmp_path / f"{name}.before.csv"
+        assert not damaged or kept.read_bytes() == text.encode()
+        assert kept.exists() == bool(damaged)
+
+
+def test_a_log_on_a_full_disk_and_a_sample_that_cannot_be_written(tiny_file, music, tmp_path, call):
+    args = ["--init", tiny_file, "--data", music, *TRAIN, "--steps", 1]
+    (tmp_path / "a.csv").symlink_to("/dev/full")
+    status, err = call(finetune.main, *args, "--out", "a.pt")
+    assert status == 2 and "error: cannot write a.csv: No space left" in err and "Traceback" not in err
+    (tmp_path / "samples").write_text("no folder")          # a sample is worth no training
+    status, err = call(finetune.main, *args, "--sample-every", 1, "--out", "b.pt")
+    assert status == 0 and "warning: no sample, samples/b_1.wav cannot be written" in err
+    assert (tmp_path / "b.pt").exists()
+
+
+def interrupted(monkeypatch, module, number):
+    """A signal right after the weights of the third update have moved, and another while that is saved."""
+    step, save, count = torch.optim.AdamW.step, module.save, itertools.count(1)
+
+    def step_and_signal(self, *args, **kw):
+        step(self, *args, **kw)
+        if next(count) == 3:
+            signal.raise_signal(number)
+
+    def signal_and_save(*args, **kw):
+        signal.raise_signal(number)
+        save(*args, **kw)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_and_signal)
+    monkeypatch.setattr(module, "save", signal_and_save)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["finetune", "arc_forcing"])
+def test_a_signal_at_the_worst_moment_loses_nothing(name, number, tiny_file, music, tmp_path, call,
+                                                    monkeypatch):
+    """In the middle of an update, and once more while its checkpoint is written: the update counts, and the
+    resumed run equals the unbroken one."""
+    args = ["--init", tiny_file, "--data", music]
+    args += [*TRAIN, "--every", 100] if name == "finetune" else [*ARC, "--every", 100]
+    module = importlib.import_module(name)
+    assert (done := call(module.main, *args, "--out", "a.pt"))[0] == 0, done
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)      # as `common.run` has it
+    try:
+        with monkeypatch.context() as patch:
+            interrupted(patch, module, number)
+            status, err = call(module.main, *args, "--out", "b.pt")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert status == 130 and "stopped after step 3; go on with --resume" in err
+    assert torch.load(tmp_path / "b.pt", weights_only=True)["step"] == 3
+    assert (done := call(module.main, "--resume", "--out", "b.pt"))[0] == 0, done
+    a, b = (torch.load(tmp_path / f"{side}.pt", weights_only=True)["weights"] for side in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert rows_of(tmp_path / "a.csv")[-1] == rows_of(tmp_path / "b.csv")[-1]
+
+
+def test_resume_with_nothing_to_do_or_another_optimizer(tiny_file, music, tmp_path, call):
+    args = ["--init", tiny_file, "--data", music, *TRAIN, "--steps", 1]
+    assert call(finetune.main, *args)[0] == 0
+    status, err = call(finetune.main, "--resume")
+    assert status == 0 and "nothing is left to do after step 1" in err
+    saved = torch.load(tmp_path / "out" / "finetune.pt", weights_only=True)
+    saved["optimizer"]["param_groups"][0]["params"].pop()
+    torch.save(saved, tmp_path / "out" / "finetune.pt")
+    status, err = call(finetune.main, "--resume", "--steps", 2)
+    assert status == 2 and "error: out/finetune.pt: its optimizer is not this model's" in err
+
+
 # -------------------------------------------------------------------------------- arc_forcing.py
 @pytest.mark.parametrize("causal", [True, False])
 def test_replay_in_bf16(causal):
@@ -2318,6 +2534,19 @@ def test_discriminator_scores_the_rollout_only():
         loss().backward()
         moved = {id(p) for p in critic.parameters() if p.grad is not None}
         assert moved == {id(p) for p in critic.trained(phase)}
+
+
+def test_the_discriminator_reads_words_in_the_rows_that_g_gave_them():
+    """Of two words with the same hash one has another row: D, whose table is a copy, must look there too."""
+    model = tiny(text_width=2)
+    words = [f"word{i}" for i in range(9)]
+    first, second = next(pair for pair in itertools.combinations(words, 2)
+                         if len({model.conditioner.words.row_of(word) for word in pair}) == 1)
+    critic = arc_forcing.start_discriminator(model, None)
+    finetune.words_met(model, [SimpleNamespace(prompt=f"{first} {second}")])
+    for word in first, second:
+        assert torch.equal(condition(model, word).tokens, condition(critic, word).tokens)
+    assert not torch.equal(condition(critic, first).tokens, condition(critic, second).tokens)
 
 
 def drawn(music, rows=slice(0, 6), step=0, phase="D", blocks=2, **kw):
