@@ -196,7 +196,8 @@ def read_checkpoint(path):
                         "stable_audio_port.py first")
     if not path.is_file():
         parts = [str(part) for part in path.parent.glob(f"{escape(path.name)}*.part")]
-        raise UserError(f"no checkpoint at {path}" + f"; not written to the end: {', '.join(parts)}" * bool(parts))
+        raise UserError(f"no checkpoint at {path}"
+                        + f"; not written to the end: {', '.join(parts)}" * bool(parts))
     saved = load_plain(path, own=True)
     if not isinstance(saved, dict) or not {"config", "weights", "stage"} <= set(saved):
         raise UserError(f"{path} is not a checkpoint of this project; "
@@ -370,6 +371,13 @@ def whole_or_zero(text):
         raise argparse.ArgumentTypeError(f"{text} is negative")
     if value > LARGEST:
         raise argparse.ArgumentTypeError(f"{text} is more than {LARGEST}")
+    return value
+
+
+def step_count(text):
+    value = whole(text)
+    if value > 10000:                                       # of denoising a block
+        raise argparse.ArgumentTypeError(f"{text} is more than 10000")
     return value
 
 
