@@ -5,7 +5,6 @@ Files are read by libsndfile and, where that fails, by ffmpeg, if it is installe
 decoded, resampled and encoded piece by piece, so an hour takes no more memory than a minute. The pieces
 overlap by what the filters see, so the result is that of the whole file. `StreamingDecoder` does the same for
 the decoder: block after block, together they equal decoding everything at once. """
-import errno
 import math
 import mmap
 import os
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import UserError, speed, uninterrupted
+from common import UserError, reason_of, speed, uninterrupted
 from model import ResidualUnit
 
 PIECE = 5                                                   # seconds of audio held and encoded at once
@@ -735,15 +734,7 @@ def open_output(path, rate, channels, samples):
         file.close()
         return soundfile.SoundFile(path, "w", rate, channels, "PCM_16")
     except (OSError, soundfile.LibsndfileError) as error:
-        reason = write_failure(error, path)
-        raise UserError(f"cannot write {path or 'to standard output'}: {reason}") from None
-
-
-def write_failure(error, path):
-    """Why audio could not be written, in words. libsndfile calls whatever the system refuses "System error"."""
-    if isinstance(error, soundfile.LibsndfileError) and shutil.disk_usage(Path(path).parent).free < 2 ** 20:
-        return os.strerror(errno.ENOSPC)
-    return getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path or 'to standard output'}: {reason_of(error, path)}") from None
 
 
 def pcm(audio):

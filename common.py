@@ -1,11 +1,13 @@
 """What the scripts share: checkpoints on disk, the device, numbers on the command line, how a script ends."""
 import argparse
 import contextlib
+import errno
 import io
 import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -90,23 +92,24 @@ def write_whole(path, write):
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())    # after a power cut the name must not be there without the content
         os.replace(part, target)
     except (OSError, RuntimeError) as error:                # RuntimeError: torch.save
-        raise UserError(f"cannot write {path}: {reason_of(error)}") from None
+        raise UserError(f"cannot write {path}: {reason_of(error, target)}") from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
 
 
-def reason_of(error):
-    """An exception in a few words: the system's own, such as a full disk, where torch.save hides it behind
-    another."""
+def reason_of(error, written=None):
+    """An exception in a few words: the system's own, which torch.save hides behind another. numpy and
+    libsndfile lose it; where no space is left beside the file `written`, that is it."""
     while not isinstance(error, OSError) and isinstance(error.__context__, Exception):
         error = error.__context__
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return getattr(error, "strerror", None) or lines[0][:120]
+    if getattr(error, "strerror", None):
+        return error.strerror
+    if written and shutil.disk_usage(Path(written).parent).free < 2 ** 20:
+        return os.strerror(errno.ENOSPC)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def save_whole(content, path):
@@ -223,7 +226,7 @@ def load(path, **overrides):
     try:
         config = Config.from_dict({**saved["config"], **overrides})
         check_sizes(config)
-        check_sampling(sampling)
+        check_sampling(saved["stage"], sampling)
         with torch.device("meta"), Unfilled():
             model = LMDM(config, saved["stage"], sampling)
         want = model.state_dict()
@@ -247,17 +250,19 @@ def check_sizes(config):
     """ValueError where a field of a Config that was read has another type than its default, or is below 1."""
     for field in fields(Config):
         value = getattr(config, field.name)
-        if type(value) is not type(field.default):
-            raise ValueError(f"{field.name} is {value!r} in its config")
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise ValueError(f"{field.name} is {value} in its config")
+        numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) is int]
+        if type(value) is not type(field.default) or any(n < 1 for n in numbers):
+            raise ValueError(f"its config says {field.name} = {value!r}")
 
 
-def check_sampling(sampling):
-    """ValueError where what a checkpoint recommends for playing is of another type than it must be."""
-    for name, kind in dict(steps=int, cfg=(int, float), sampler=str, prompt=str, words=list).items():
-        if name in sampling and not isinstance(sampling[name], kind):
-            raise ValueError(f"{name} is {sampling[name]!r} among what it recommends for playing")
+def check_sampling(stage, sampling):
+    """ValueError where a checkpoint's stage, or what it recommends for playing, is of a wrong type."""
+    if not isinstance(stage, str) or not isinstance(sampling, dict):
+        raise ValueError(f"its stage is {stage!r}, and it recommends {sampling!r} for playing")
+    kinds = dict(steps=int, cfg=(int, float), sampler=str, prompt=str, words=list, finetuned=dict)
+    for name in set(kinds) & set(sampling):
+        if not isinstance(sampling[name], kinds[name]):
+            raise ValueError(f"it recommends {name} = {sampling[name]!r} for playing")
 
 
 def check_streams(path, stage):

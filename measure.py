@@ -21,7 +21,7 @@ from tqdm import tqdm
 import data
 from audio import decode_stream, decoder_margin, pcm, read_audio
 from common import (PRECISIONS, UserError, check_streams, default_checkpoint, device_of, finite, load, playing_precision,
-                    run, speed, whole, writable)
+                    run, speed, step_count, thread_count, whole, writable)
 from sample import SAMPLERS, known_words, sampling_settings, stream
 
 HOP = 512                                                   # samples between frames of the figures below
@@ -237,7 +237,7 @@ def main():
     p.add_argument("--window", type=whole, default=10, help="seconds that --drift looks at together")
     p.add_argument("--seeds", type=whole, default=8, help="number of streams")
     p.add_argument("--excerpts", type=whole, default=40, help="recordings of each side of the split, at most")
-    p.add_argument("--steps", type=whole)
+    p.add_argument("--steps", type=step_count)
     p.add_argument("--cfg", type=finite)
     p.add_argument("--sampler", choices=SAMPLERS)
     p.add_argument("--picture", help="PNG with the mel spectrograms of a held-out recording and of a stream; not with --drift, which draws its own")
@@ -245,7 +245,7 @@ def main():
     p.add_argument("--out", default="out/drift", help="name of the CSV and PNG of --drift, without suffix")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=PRECISIONS, default="float32")
-    p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+    p.add_argument("--threads", type=thread_count, help="CPU threads (default: PyTorch's choice)")
     args = p.parse_args()
     if args.drift and args.picture:
         raise UserError("--picture is for the figures without --drift, which draws its own (--out)")

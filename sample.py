@@ -19,10 +19,10 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from audio import decode_stream, decoder_margin, encode_file, open_output, pcm, write_failure
+from audio import decode_stream, decoder_margin, encode_file, open_output, pcm
 from common import (PRECISIONS, UserError, default_checkpoint, device_of, discard_output, finite, keep_inputs,
-                    load, needs_speed, playing_precision, positive, random_seed, regime_of, run, speed,
-                    step_count, thread_count)
+                    load, needs_speed, playing_precision, positive, random_seed, reason_of, regime_of, run,
+                    speed, step_count, thread_count)
 from model import NO_BLOCKS, Cond, Numbered, add_noise, alpha_sigma, denoise, forget_t5, schedule, words_of
 
 SAMPLERS = "euler", "dpmpp", "pingpong"
@@ -514,7 +514,7 @@ def main():
         if not args.out:
             discard_output()
         raise UserError(f"cannot go on writing {target} after {written / c.sample_rate:.1f} s: "
-                        f"{write_failure(error, args.out)}") from None
+                        f"{reason_of(error, args.out)}") from None
     seconds = written / c.sample_rate
     took = time.time() - started
     then = (written - first_samples) / c.sample_rate / max(1e-9, took - first_seconds)

@@ -203,42 +203,48 @@ SAFETENSORS_DTYPES = {
 }
 
 
-def read_safetensors(path):
-    """-> {name: function that reads that tensor}. Raises UserError.
+def read_header(path):
+    """The header of a safetensors file -> {name: (dtype, shape, first byte in the file)}. Raises UserError.
 
     The format: the header's length in 8 bytes, a JSON header, raw data."""
-    size = path.stat().st_size
     complaint = not_weights(first_bytes(path))
     if complaint:
         raise UserError(f"{path} {complaint}")
+    size = path.stat().st_size
+    entries = {}
     try:
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
-            if start > size:
-                raise ValueError("it ends within its header")
-            header = json.loads(file.read(start - 8))
+            header = json.loads(file.read(start - 8)) if start <= size else {}
         header.pop("__metadata__", None)
-        unknown = sorted({entry["dtype"] for entry in header.values()} - set(SAFETENSORS_DTYPES))
-        entries = {name: (SAFETENSORS_DTYPES.get(entry["dtype"]), entry["shape"], *entry["data_offsets"])
-                   for name, entry in header.items()}
-        if start + max((end for *_, end in entries.values()), default=0) != size:
-            raise ValueError("its length is not what its header says")
-        for name, (dtype, shape, begin, end) in entries.items():
-            if dtype and (begin < 0 or end - begin != math.prod(shape) * dtype.itemsize):
-                raise ValueError(f"{name} does not fit its place")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({reason_of(error)})") from None
-    if unknown:
-        raise UserError(f"{path} holds tensors of type {', '.join(unknown)}, which cannot be read here; "
-                        f"known are {', '.join(SAFETENSORS_DTYPES)}")
+        for name, entry in header.items():
+            begin, end = (start + int(offset) for offset in entry["data_offsets"])
+            entries[name] = str(entry["dtype"]), [int(n) for n in entry["shape"]], begin, end
+        end = max([start, *(end for *_, end in entries.values())])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise UserError(f"{path} is damaged, or no safetensors file ({reason_of(error)})") from None
+    if size != end:
+        raise UserError(f"{path} is {'truncated' if size < end else 'damaged'}: it has {size:,} bytes, "
+                        f"by its header {end:,}; download or copy it again")
+    for name, (kind, shape, begin, end) in entries.items():
+        if kind not in SAFETENSORS_DTYPES:
+            raise UserError(f"{path}: {name} is of type {kind}; known are {', '.join(SAFETENSORS_DTYPES)}")
+        dtype = SAFETENSORS_DTYPES[kind]
+        if begin < start or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+            raise UserError(f"{path} is damaged: {name} has {end - begin} bytes for {kind} {shape}")
+        entries[name] = dtype, shape, begin
+    return entries
 
-    def read(dtype, shape, begin, end):
+
+def read_safetensors(path):
+    """-> {name: function that reads that tensor}. Raises UserError."""
+    def read(dtype, shape, begin):
         tensor = torch.empty(shape, dtype=dtype)
         with open(path, "rb") as file:    # read, not mapped: so that no page is held twice
-            file.seek(start + begin)
+            file.seek(begin)
             file.readinto(tensor.view(-1).view(torch.uint8).numpy())
         return tensor
-    return {name: partial(read, *entry) for name, entry in entries.items()}
+    return {name: partial(read, *entry) for name, entry in read_header(path).items()}
 
 
 def read_ckpt(path):
@@ -494,7 +500,7 @@ def load_prompts(path):
         if not embeddings.isfinite().all():
             raise ValueError("its embeddings are not all finite numbers")
     except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a file of encoded prompts ({reason_of(error)}); "
+        raise UserError(f"{path} is not a file of encoded prompts ({error}); "
                         "stable_audio_port.py --prompts makes one") from None
     return prompts, embeddings
 
