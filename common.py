@@ -226,7 +226,7 @@ def load(path, **overrides):
     try:
         config = Config.from_dict({**saved["config"], **overrides})
         check_sizes(config)
-        check_sampling(saved["stage"], sampling)
+        check_sampling(config, saved["stage"], sampling)
         with torch.device("meta"), Unfilled():
             model = LMDM(config, saved["stage"], sampling)
         want = model.state_dict()
@@ -255,14 +255,17 @@ def check_sizes(config):
             raise ValueError(f"its config says {field.name} = {value!r}")
 
 
-def check_sampling(stage, sampling):
-    """ValueError where a checkpoint's stage, or what it recommends for playing, is of a wrong type."""
+def check_sampling(config, stage, sampling):
+    """ValueError where a checkpoint's stage, or what it recommends for playing, cannot be."""
     if not isinstance(stage, str) or not isinstance(sampling, dict):
         raise ValueError(f"its stage is {stage!r}, and it recommends {sampling!r} for playing")
-    kinds = dict(steps=int, cfg=(int, float), sampler=str, prompt=str, words=list, finetuned=dict)
+    kinds = dict(steps=int, cfg=(int, float), sampler=str, prompt=str, words=(list, dict), finetuned=dict)
     for name in set(kinds) & set(sampling):
         if not isinstance(sampling[name], kinds[name]):
             raise ValueError(f"it recommends {name} = {sampling[name]!r} for playing")
+    words = sampling.get("words", {})
+    if isinstance(words, dict) and not set(words.values()) <= set(range(1, config.text_width + 1)):
+        raise ValueError("some of its words have no row of the table")
 
 
 def check_streams(path, stage):

@@ -753,7 +753,8 @@ def test_checkpoints_that_are_something_else(tmp_path, tiny_file):
     refused({**saved, "config": "large"}, "a.pt: ")
     for field, value in dict(block=0, width="64", causal=None, heads=2.0, ae_strides=(0, 4, 4)).items():
         refused({**saved, "config": {**saved["config"], field: value}}, "a.pt: ")
-    for recommended in dict(steps="8"), dict(cfg=None), dict(sampler=3), dict(words="a b"), "fast":
+    for recommended in (dict(steps="8"), dict(cfg=None), dict(sampler=3), dict(words="a b"), dict(words=[1]),
+                        dict(words={"a": 65}), dict(words={"a": [1]}), "fast"):
         refused({**saved, "sampling": recommended}, "a.pt: ")
     refused({**saved, "callback": Code()}, "wants to run code")
     (tmp_path / "a.pt").write_bytes((GOLDEN / "sao_small_tiny" / "model.safetensors").read_bytes())
