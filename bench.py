@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from audio import decode_stream, pcm
-from common import PRECISIONS, device_of, random_seed, run, whole
+from common import PRECISIONS, device_of, random_seed, run, step_count, thread_count, whole
 from model import LMDM, PRESETS, Numbered, schedule
 from sample import Context, denoise_block, stream
 from speed import (Graphed, Int8Linear, PackedLinear, StreamingDecoder, channels_last, compile_layers,
@@ -263,14 +263,14 @@ def main():
                                 allow_abbrev=False)
     p.add_argument("--preset", nargs="+", choices=sorted(PRESETS), default=["nano"])
     p.add_argument("--regime", nargs="+", choices=("causal", "encdec"), default=["causal", "encdec"])
-    p.add_argument("--steps", nargs="+", type=whole, default=[8, 4])
+    p.add_argument("--steps", nargs="+", type=step_count, default=[8, 4])
     p.add_argument("--batch", nargs="+", type=whole, default=[1], help="streams at once")
     p.add_argument("--repeats", type=whole, default=5)
     p.add_argument("--precision", nargs="+", choices=PRECISIONS[1:],
                    help="(default: float32, int8 on a CPU, and bf16 where the hardware has it)")
     p.add_argument("--seed", type=random_seed, default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+    p.add_argument("--threads", type=thread_count, help="CPU threads (default: PyTorch's choice)")
     p.add_argument("--compile", action="store_true", help="as sample.py's")
     args = p.parse_args()
     device = device_of(args.device)

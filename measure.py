@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data
 from audio import decode_stream, decoder_margin, pcm, read_audio
 from common import (PRECISIONS, UserError, check_streams, default_checkpoint, device_of, finite, load,
-                    playing_precision, run, speed, whole, writable)
+                    playing_precision, run, speed, step_count, thread_count, whole, writable)
 from sample import SAMPLERS, known_words, sampling_settings, stream
 
 HOP = 512                                                   # samples between frames of `log_mel`
@@ -747,7 +747,7 @@ def parse_args():
     p.add_argument("--excerpts", type=whole,
                    help="recordings of each side of the split, at most (default: 40); with --obey training "
                         "recordings that show what genres are like (default: 200)")
-    p.add_argument("--steps", type=whole)
+    p.add_argument("--steps", type=step_count)
     p.add_argument("--cfg", type=finite)
     p.add_argument("--sampler", choices=SAMPLERS)
     p.add_argument("--picture",
@@ -757,7 +757,7 @@ def parse_args():
     p.add_argument("--out", default="out/drift", help="name of the CSV and PNG of --drift, without suffix")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=PRECISIONS, default="float32")
-    p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+    p.add_argument("--threads", type=thread_count, help="CPU threads (default: PyTorch's choice)")
     args = p.parse_args()
     if args.drift and args.obey:
         raise UserError("--drift and --obey are two measurements: one at a time")

@@ -653,7 +653,7 @@ def test_t5_equals_running_it_by_hand(tmp_path):
 
 
 # -------------------------------------------------------------------------------- common.py: checkpoints
-def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path):
+def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path, monkeypatch):
     """As on a full disk: files may not grow beyond 10 kB here."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -669,11 +669,140 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path):
     before = (tmp_path / "a.pt").read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (10000, limits[1]))
     try:
-        with pytest.raises(UserError, match="cannot write .*a.pt"):
+        with pytest.raises(UserError, match="cannot write .*a.pt: File too large"):
             common.save(tiny(seed=1), tmp_path / "a.pt")
+        # numpy gives no reason; the free space does
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+        with pytest.raises(UserError, match="cannot write .*new.npy: No space left on device"):
+            common.write_whole(tmp_path / "new.npy", lambda file: np.save(file, np.zeros(9999)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [f.name for f in tmp_path.iterdir()] == ["a.pt"] and (tmp_path / "a.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_checkpoint_is_written_to_its_end(number, tmp_path, monkeypatch, call):
+    """A signal in the midst of it, or two, takes effect afterwards; the script's status tells which."""
+    model, real = tiny(seed=1), torch.save
+    common.save(tiny(), tmp_path / "a.pt")
+
+    def interrupted(content, file):
+        os.kill(os.getpid(), number)
+        real(content, file)
+        os.kill(os.getpid(), number)
+    monkeypatch.setattr(torch, "save", interrupted)
+
+    def main():
+        common.save(model, tmp_path / "a.pt")
+        pytest.fail("the signal was lost")
+    assert call(main)[0] == 128 + number
+    monkeypatch.undo()
+    assert [f.name for f in tmp_path.iterdir()] == ["a.pt"]
+    assert torch.equal(common.load(tmp_path / "a.pt").dit.project_in.weight, model.dit.project_in.weight)
+    with pytest.raises(KeyboardInterrupt):                  # as before
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_only_files_are_replaced(tmp_path):
+    """A link stays a link to a new content, a device stays a device."""
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "a.pt").symlink_to(tmp_path / "large disk" / "b.pt")
+    for seed in 0, 1:
+        common.save(tiny(seed), tmp_path / "a.pt")
+        assert torch.equal(common.load(tmp_path / "large disk" / "b.pt").dit.project_in.weight,
+                           tiny(seed).dit.project_in.weight)
+    assert (tmp_path / "a.pt").is_symlink()
+    with pytest.raises(UserError, match="a device"):
+        common.writable(os.devnull)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+NOT_WEIGHTS = [(b"", "is empty"), (LFS, "git lfs pull"),
+               (b"<!DOCTYPE html><title>Log in</title>", "web page"),
+               (b"\n <?xml version='1.0'?><Error>AccessDenied</Error>", "web page"),
+               (b"Entry not found", "is text, not weights: 'Entry not found'"),
+               (b'{"metadata": {"total_size": 1}, "weight_map": {"a": "model-00001.safetensors"}}', "index")]
+
+
+@pytest.mark.parametrize("content, message", NOT_WEIGHTS)
+def test_files_that_are_no_weights(content, message, tmp_path):
+    folder = write_public(tmp_path / "public", public_small())
+    for name in "a.pt", "public/model.ckpt", "public/model.safetensors":
+        (tmp_path / name).write_bytes(content)
+    for read in (lambda: common.load(tmp_path / "a.pt"), lambda: load_stable_audio(folder / "model.ckpt"),
+                 lambda: load_stable_audio(folder), lambda: port.load_prompts(tmp_path / "a.pt")):
+        with pytest.raises(UserError, match=re.escape(message)):
+            read()
+
+
+def test_checkpoints_that_are_something_else(tmp_path, tiny_file):
+    """The reason is told, not "not readable", for what can be read."""
+    saved = torch.load(tiny_file, weights_only=True)
+    name = "dit.project_in.weight"
+
+    def refused(content, message):
+        if content is not None:
+            torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(UserError, match=message) as error:
+            common.load(tmp_path / "a.pt")
+        assert "not a readable" not in str(error.value)
+    refused(saved["weights"], "not a checkpoint of this project")
+    refused({**saved, "weights": {**saved["weights"], "bn.num_batches_tracked": torch.tensor(3)}},
+            "num_batches_tracked unknown")
+    for wrong in saved["weights"][name].int(), 3:
+        refused({**saved, "weights": {**saved["weights"], name: wrong}}, f"{name} is no tensor of floats")
+    refused({**saved, "weights": [1, 2]}, "a.pt: ")
+    refused({**saved, "config": "large"}, "a.pt: ")
+    for field, value in dict(block=0, width="64", causal=None, heads=2.0, ae_strides=(0, 4, 4)).items():
+        refused({**saved, "config": {**saved["config"], field: value}}, "a.pt: ")
+    for recommended in (dict(steps="8"), dict(cfg=None), dict(sampler=3), dict(words="a b"), dict(words=[1]),
+                        dict(words={"a": 65}), dict(words={"a": [1]}), "fast"):
+        refused({**saved, "sampling": recommended}, "a.pt: ")
+    refused({**saved, "callback": Code()}, "wants to run code")
+    (tmp_path / "a.pt").write_bytes((GOLDEN / "sao_small_tiny" / "model.safetensors").read_bytes())
+    refused(None, "safetensors file")
+    damaged = bytearray(tiny_file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1                         # within a weight: torch.load does not notice
+    (tmp_path / "a.pt").write_bytes(damaged)
+    with pytest.raises(UserError, match="check sums"):
+        common.load(tmp_path / "a.pt")
+    (tmp_path / "a.pt").rename(tmp_path / "a.pt.123.part")
+    refused(None, "no checkpoint at .*a.pt; not written to the end: .*a.pt.123.part")
+    with pytest.raises(UserError, match="is a folder"):
+        common.load(tmp_path)
+
+
+def test_what_cannot_be_printed_or_written(tmp_path):
+    """A terminal that knows only ASCII gets escapes, a full standard output is told."""
+    line = "import common; common.run(lambda: print('caf\\u00e9 \\U0001f3b5 \\udcff', flush={}))"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", line.format(True)], cwd=HERE, env=env, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "caf\\xe9 \\U0001f3b5 \\udcff\n")
+    for flush in True, False:
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-c", line.format(flush)], cwd=HERE, env=env,
+                                  stdout=full, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
+def test_numbers_of_the_command_line():
+    kinds = dict(positive=["inf", "1e-3", "1e300"], finite=["-1", "0", "1e9"],
+                 whole=["1", "1_000", "1000000000"], positive_finite=["1e-9"],
+                 not_negative=["0", "3.5"], whole_or_zero=["0", "7"],
+                 step_count=["1", "10000"], thread_count=["1"], random_seed=["0", str(2 ** 64 - 1)])
+    bad = dict(positive=["nan", "0", "-inf", "-1"], finite=["nan", "inf", "1e300"],
+               whole=["0", "-1", "nan", "1e3", str(10 ** 30)],
+               positive_finite=["0", "nan", "inf", "-1"], not_negative=["-1e-9", "nan", "inf"],
+               whole_or_zero=["-1", "0.5", str(10 ** 30)], step_count=["0", "10001"],
+               thread_count=["0", "1000000"], random_seed=["-1", str(2 ** 64), "nan"])
+    for name, texts in kinds.items():
+        for text in texts:
+            getattr(common, name)(text)
+        for text in bad[name]:
+            with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+                getattr(common, name)(text)
 
 
 def test_loading_fills_no_weights_first(tiny_file):
@@ -2053,7 +2182,8 @@ def test_priming_continues_the_recording(tiny_file, tmp_path, music, call):
                                  dtype="int16")[0].astype(int) - audio_io.pcm(whole)[:8820]).max() <= 1
 
 
-def test_closed_pipe_and_interrupt(tiny_file, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_closed_pipe_and_interrupt(stop, tiny_file, tmp_path):
     line = f"{shlex.quote(sys.executable)} {HERE}/sample.py --ckpt {tiny_file} --seconds inf | head -c 1000 | wc -c"
     done = subprocess.run(line, shell=True, capture_output=True, timeout=60)
     assert done.stdout.strip() == b"1000" and b"Traceback" not in done.stderr and b"rror" not in done.stderr
@@ -2063,12 +2193,12 @@ def test_closed_pipe_and_interrupt(tiny_file, tmp_path):
                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell may ignore it
         while os.path.getsize(tmp_path / "a.wav") < 50000:
             time.sleep(0.05)
-        player.send_signal(signal.SIGINT)
+        player.send_signal(stop)
         try:
             err = player.communicate(timeout=30)[1]
         finally:
             player.kill()
-    assert player.returncode == 130 and b"Traceback" not in err
+    assert player.returncode == 128 + stop and b"Traceback" not in err
     made = (tmp_path / "a.wav").read_bytes()
     assert made[:6] == b"before" and soundfile.info(io.BytesIO(made[6:])).frames == (len(made) - 50) // 4
 
@@ -2098,6 +2228,18 @@ BAD = [(sample.main, ["--ckpt", "{tmp}/none.pt"], "no checkpoint at"),
                                     ["--ckpt", "{tiny}", "--device", "hpu", "--out", "{tmp}/a.wav"], "hpu"),
        (sample.main, ["--ckpt", "{tiny}", "--prime", "", "--out", "{tmp}/a.wav"], "no such file"),
        (sample.main, ["--ckpt", "{tiny}", "--cfg", "nan", "--out", "{tmp}/a.wav"], "no finite number"),
+       (sample.main, ["--ckpt", "{tiny}", "--cfg", "1e300", "--out", "{tmp}/a.wav"], "beyond"),
+       (sample.main, ["--ckpt", "{tiny}", "--threads", "1000000", "--out", "{tmp}/a.wav"], "8 for each CPU"),
+       (sample.main, ["--ckpt", "{tiny}", "--steps", "1" + "0" * 30, "--out", "{tmp}/a.wav"], "more than"),
+       (sample.main, ["--ckpt", "", "--out", "{tmp}/a.wav"], "no checkpoint at"),
+       (sample.main, ["--ckpt", "{tiny}", "--prompt", "\U0001f3b5 \udcff", "--out", "{tmp}/a.wav"],
+        "no word of"),
+       (nano.main, ["autoencoder", "--lr", "nan"], "no finite number"),
+       (nano.main, ["autoencoder", "--clip", "0"], "not positive"),
+       (nano.main, ["autoencoder", "--noise", "-1"], "is negative"),
+       (nano.main, ["autoencoder", "--adversary", "inf"], "no finite number"),
+       (nano.main, ["pack", "--share", "nan"], "no finite number"),
+       (measure.main, ["--data", "x", "--threads", "1000000"], "8 for each CPU"),
        (finetune.main, ["--init", "{tiny}"], "--data is missing"),
        (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/nowhere"], "no such folder"),
        (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/empty"], "no readable audio"),
@@ -2180,9 +2322,65 @@ def test_output_that_ends(tiny_file, tmp_path, call, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 2 and "cannot go on writing a.wav" in err.splitlines()[-1], err
+    made = (tmp_path / "a.wav").read_bytes()                # ... and what there is of it is a valid file
+    assert len(made) == 4096 and made[40:44] == (4096 - 44).to_bytes(4, "little")
+    status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2, "--out", "no/a.flac")
+    assert status == 2 and "No such file or directory" in err.splitlines()[-1], err
     monkeypatch.setattr(sys, "stdout", None)
     status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2)
     assert status == 2 and "standard output is closed" in err.splitlines()[-1], err
+
+
+def test_ctrl_c_twice_leaves_a_valid_file(tmp_path):
+    """The second one, while the header is corrected, waits."""
+    with open(tmp_path / "a.wav", "wb") as file:
+        writer = audio_io.WavWriter(file, 44100, 2)
+        writer.write(np.ones((10, 2), np.int16))
+        real = writer.header
+
+        def interrupted(samples):
+            os.kill(os.getpid(), signal.SIGINT)
+            real(samples)
+        writer.header = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            writer.close()
+    assert soundfile.info(tmp_path / "a.wav").frames == 10
+
+
+def test_what_is_read_is_not_written_over(tiny_file, music, tmp_path, call):
+    """--out may be no other name of the recording, the checkpoint or the prompts."""
+    shutil.copy(music / "tone 0.wav", tmp_path / "x.wav")
+    shutil.copy(tiny_file, tmp_path / "model.pt")
+    torch.save({"prompts": ["a"], "embeddings": torch.randn(1, 6, 16)}, tmp_path / "prompts.pt")
+    (tmp_path / "link.wav").symlink_to("x.wav")
+    os.link(tmp_path / "x.wav", tmp_path / "hard.wav")
+    (tmp_path / "model.wav").symlink_to("model.pt")
+    (tmp_path / "prompts.flac").symlink_to("prompts.pt")
+    (tmp_path / "sub").mkdir()
+    before = {f: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+    play = "--ckpt", "model.pt", "--seconds", 0.1, "--prime", "x.wav", "--prompt-file", "prompts.pt", "--out"
+    for out in ("x.wav", "./x.wav", "sub/../x.wav", tmp_path / "x.wav", "link.wav", "hard.wav", "model.wav",
+                "prompts.flac"):
+        status, err = call(sample.main, *play, out)
+        assert status == 2 and "which is read" in err.splitlines()[-1], err
+    assert all(f.read_bytes() == content for f, content in before.items())
+    assert call(sample.main, *play, "new.wav")[0] == 0
+
+
+def test_seconds_beyond_all_measure(tiny_file, tmp_path, call, monkeypatch):
+    """... are as good as inf. It is stopped, as by Ctrl-C, after some pieces."""
+    real, pieces = audio_io.WavWriter.write, []
+
+    def write(self, samples):
+        real(self, samples)
+        pieces.append(len(samples))
+        if len(pieces) == 3:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(audio_io.WavWriter, "write", write)
+    for seconds in "inf", "1e308", "1e200":
+        pieces.clear()
+        assert call(sample.main, "--ckpt", tiny_file, "--seconds", seconds, "--out", "a.wav")[0] == 130
+        assert soundfile.info(tmp_path / "a.wav").frames == sum(pieces)
 
 
 def test_one_recording_for_several_prompts():
@@ -2787,8 +2985,9 @@ def write_public(folder, weights, name="model.ckpt"):
     if name.endswith(".safetensors"):
         header, at = {}, 0
         for k, w in weights.items():
-            header[k] = dict(dtype={torch.float16: "F16", torch.float32: "F32"}[w.dtype], shape=list(w.shape),
-                             data_offsets=[at, at + w.nbytes])
+            kinds = {torch.float16: "F16", torch.float32: "F32", torch.int32: "I32", torch.int64: "I64",
+                     torch.bool: "BOOL"}
+            header[k] = dict(dtype=kinds[w.dtype], shape=list(w.shape), data_offsets=[at, at + w.nbytes])
             at += w.nbytes
         head = json.dumps(header).encode()
         (folder / name).write_bytes(len(head).to_bytes(8, "little") + head
@@ -2934,6 +3133,48 @@ def test_port_refuses_damaged_files(tmp_path):
     refused(tmp_path / "nowhere", "nowhere")
 
 
+def test_port_tells_what_a_file_is(tmp_path, tiny_file):
+    """Whole files that it cannot take are not called truncated."""
+    weights = public_small()
+    first = next(iter(weights))
+
+    def refused(folder, *words):
+        with pytest.raises(UserError) as error:
+            load_stable_audio(folder)
+        assert all(word in str(error.value) for word in words), error.value
+        assert "truncated" not in str(error.value), error.value
+    for name in "model.safetensors", "model.ckpt":          # integers beside floats
+        counted = {**weights, "model.norm.num_batches_tracked": torch.tensor(3),
+                   "ema.initted": torch.tensor([True])}
+        refused(write_public(tmp_path / f"counters {name}", counted, name), "2 not understood", "tracked")
+        rounded = {**weights, first: weights[first].int()}
+        refused(write_public(tmp_path / f"integers {name}", rounded, name), first, "no floating-point")
+        wild = {**weights, first: weights[first] * math.nan}
+        refused(write_public(tmp_path / f"wild {name}", wild, name), first, "not all finite")
+    folder = write_public(tmp_path / "bare", weights)
+    torch.save(weights, folder / "model.ckpt")
+    refused(folder, "bare state_dict", first)
+    torch.save({"state_dict": {**weights, "epoch": 3}}, folder / "model.ckpt")
+    refused(folder, "other things than tensors: epoch")
+    shutil.copy(tiny_file, folder / "model.ckpt")
+    refused(folder, "a checkpoint of this project already")
+    torch.save([1, 2], folder / "model.ckpt")
+    refused(folder, "no state_dict")
+    (folder / "model.ckpt").rename(folder / "model.safetensors.part")
+    refused(folder, "model.safetensors.part", "finished")
+    folder = write_public(tmp_path / "kinds", weights, "model.safetensors")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content.replace(b'"F16"', b'"F4"') if b'"F16"' in content
+                                               else content.replace(b'"F32"', b'"F99"'))
+    with pytest.raises(UserError):
+        load_stable_audio(folder)
+    (folder / "model.ckpt").write_bytes(content)            # named wrongly, but what is in it is what counts
+    (folder / "model.safetensors").unlink()
+    load_stable_audio(folder)
+    (folder / "model_config.json").write_bytes(LFS)
+    refused(folder, "model_config.json", "git lfs pull")
+
+
 @pytest.mark.parametrize("option, value", [("model.diffusion.config.global_cond_type", "adaLN"),
                                            ("model.diffusion.config.num_memory_tokens", 64),
                                            ("model.diffusion.config.attn_kwargs.qk_norm", "l2"),
@@ -3020,6 +3261,15 @@ def test_port_command_refuses_in_one_line(tmp_path, capsys, monkeypatch):
         status, said = convert(capsys, monkeypatch, *args)
         assert status == 2 and "error: " in said.splitlines()[-1], said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "spoiled"]  # nothing half-written
+    whole = write_public(tmp_path / "whole", public_small())
+    before = {f: f.read_bytes() for f in whole.iterdir()}
+    (tmp_path / "link.pt").symlink_to(whole / "model.ckpt")
+    for args in (("--out", whole / "model.ckpt"), ("--out", tmp_path / "link.pt"),
+                 ("--out", whole / "model_config.json"),
+                 ("--prompts", "a", "--out", tmp_path / "p.pt", "--prompts-out", tmp_path / "p.pt")):
+        status, said = convert(capsys, monkeypatch, whole, *args)
+        assert status == 2 and re.search("which is read|the same file", said.splitlines()[-1]), said
+    assert {f: f.read_bytes() for f in whole.iterdir()} == before
     done = subprocess.run([sys.executable, HERE / "stable_audio_port.py", folder], capture_output=True,
                           text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
