@@ -1,14 +1,16 @@
-"""Stage 2: let the model play on its own output, and teach it what music would have done (the paper, section 4).
+"""Stage 2: let the model play on its own output, and teach it what music would have done.
 
     python arc_forcing.py --rollout 4                             # goes on from out/finetune.pt, on a laptop
     python arc_forcing.py --rollout 12 --batch 80 --accumulate 20 --d-warmup 10000 --steps 18000
-    torchrun --nproc_per_node=2 arc_forcing.py --rollout 4        # data parallel: the same batch, shared out
+    torchrun --nproc_per_node=2 arc_forcing.py --rollout 4        # two processes share each batch
 
-Two players. The generator G is the finetuned model; it rolls out blocks with the code that `sample.py` plays with. The
-discriminator D is a diffusion transformer in the public geometry (both ways over the whole sequence, no context path)
-whose hidden states a small head turns into scores. ARC's losses compare real and rolled-out music from the same context.
-Everything random in a step comes from (seed, phase, number of the step): a resumed run, and one shared by several
-processes, draws the same. What `--on-policy` goes on from, G's own streams so far, is kept in the checkpoint.
+Two players. The generator G is the finetuned model; it rolls out blocks with the code that `sample.py` plays
+with. The discriminator D is a diffusion transformer in the public geometry (both ways over the whole
+sequence, no context path) whose hidden states a small head turns into scores. ARC's losses compare real and
+rolled-out music after the same context.
+
+Everything random in a step comes from (seed, phase, number of the step): a resumed run, or one on several
+processes, draws the same. G's own streams, which `--on-policy` continues, are kept in the checkpoint.
 """
 import argparse
 import math
@@ -23,25 +25,29 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import data
-from common import (UserError, check_streams, finite, load, random_seed, read_checkpoint, run, save, speed,
-                    training_precision, whole, writable)
-from finetune import (Log, average_gradients, condition, encode_texts, micro_rows, missing_context, parse, peak_memory, prepare_once,
-                      render_sample, start_processes, words_met)
-from model import Conditioner, Config, DiT, add_noise, alpha_sigma, denoise, noise_level, schedule, shift_time, velocity
+from common import (UserError, check_streams, finite, load, not_negative, positive_finite, random_seed,
+                    read_checkpoint, regime_of, run, save, speed, training_precision, whole, whole_or_zero)
+from finetune import (Log, average_gradients, check_text_encoder, clip_gradients, condition,
+                      describe_batch, encode_texts, keep_earlier_run, millions, missing_context, parse,
+                      prepare_once, progress_bar, render_sample, restore, say, say_changes, say_done, set_up,
+                      track_records, training_loop, uninterrupted, words_met)
+from model import (Conditioner, Config, DiT, add_noise, alpha_sigma, denoise, noise_level, schedule,
+                   shift_time, velocity)
 from sample import Context, denoise_block, sampling_settings, with_null
 
 PHASES = "warm D", "warm G", "D", "G"                       # in this order; the last two, the game, in turns
+COLUMNS = ("step", "phase", "loss", "contrastive", "real", "fake", "wrong", "spread", "gradient", "seconds")
 CONTRAST = 1.0                                              # lambda: weight of D's loss on wrong prompts
 PATIENCE = 100                                              # steps of the game that a warning looks back on
-OWN_BLOCKS, RESTART = 2, 1 / 30                             # of a stream of G's own: blocks a step, and the chance of a new one
+OWN_BLOCKS = 2                                              # blocks that G's own streams go on by in a step
+RESTART = 1 / 30                                            # chance that such a stream starts over
 
 
 # -------------------------------------------------------------------------------- losses
-# D's scores (B, S) of the same frames, real and rolled out from the same context, at the same level with the same noise;
-# weights (B, S) of the frames, adding up to 1 in each item. Each returns (B,).
+# D's scores (B, S) of the same frames, real and rolled out from the same context, at the same level with the
+# same noise; weights (B, S) of the frames, adding up to 1 in each item. Each returns (B,).
 def generator_loss(real, fake, weights):
     """softplus(D(real) - D(fake))"""
     return (weights * F.softplus(real - fake)).sum(1)
@@ -53,8 +59,26 @@ def discriminator_loss(real, fake, weights):
 
 
 def contrastive_loss(real, wrong, weights, differs):
-    """softplus(D(real, another item's prompt) - D(real)), where the other prompt differs from the item's own"""
+    """softplus(D(real, another item's prompt) - D(real)) where the two prompts differ, else 0"""
     return (weights * F.softplus(wrong - real)).sum(1) * differs
+
+
+def distill_loss(x0, target, sigma):
+    """|x0 - target|^2 / sigma^2, the mean over channels and frames: (B, C, T) -> (B,).
+
+    An error of x0 divided by sigma is one of v, so all noise levels weigh alike."""
+    return 1 / sigma ** 2 * (x0 - target).square().mean((1, 2))
+
+
+def flow_loss(critic, cond, x0, noise, t, music, remat=False):
+    """|v - (noise - x0)|^2 over the frames that are music, a whole sequence x0 (B, C, T) at once: (B,).
+
+    t (B,): levels; music (B, T): 1 where an item is music, else 0."""
+    level = t[:, None, None]
+    objective = critic.config.objective
+    v = critic.dit(add_noise(x0, noise, level, objective), t, cond, remat=remat)
+    error = (v.float() - velocity(x0, noise, level, objective)).square().mean(1)        # (B, T)
+    return (error * music).sum(1) / music.sum(1)
 
 
 # -------------------------------------------------------------------------------- the discriminator
@@ -63,7 +87,9 @@ class ConvNeXt(nn.Module):
         super().__init__()
         self.stride = stride
         self.depthwise = nn.Conv1d(width, width, 7, stride, padding=3, groups=width)
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
 
     def forward(self, x):                                   # (B, width, T) -> (B, width, ceil(T / stride))
         y = self.norm(self.depthwise(x).transpose(1, 2))
@@ -71,90 +97,100 @@ class ConvNeXt(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """DiT and conditioner of the base model, and a head on the hidden states at three quarters of its depth."""
+    """DiT and conditioner of the base model, and a head on hidden states at three quarters of the depth."""
     def __init__(self, config, width=128, strides=(1, 2, 2)):
         super().__init__()
-        self.config, self.layer, self.stride = config, round(0.75 * config.depth) - 1, math.prod(strides)
-        self.dit, self.conditioner = DiT(config), Conditioner(config)
-        self.norm, self.project = nn.LayerNorm(config.width), nn.Linear(config.width, width)
+        self.config = config
+        self.layer = round(0.75 * config.depth) - 1         # whose hidden states the head reads
+        self.stride = math.prod(strides)                    # frames for each score
+        self.dit = DiT(config)
+        self.conditioner = Conditioner(config)
+        self.norm = nn.LayerNorm(config.width)
+        self.project = nn.Linear(config.width, width)
         self.head = nn.Sequential(*(ConvNeXt(width, stride) for stride in strides), nn.Conv1d(width, 1, 1))
 
     def forward(self, x, t, cond, first, remat=False):
-        """Scores (B, S) of x (B, C, T) at levels t (B,), from frame `first` on: one for every `stride` frames.
+        """Scores (B, S) of x (B, C, T) at levels t (B,), one for every `stride` frames from `first` on.
 
-        Score j looks around frame (first // stride + j) * stride; where `first` is no multiple, the first begins before it."""
-        h = self.dit.hidden(x, t, cond, self.layer, remat)[:, 1:]                           # (B, T, D)
-        scores = self.head(self.project(self.norm(h)).transpose(1, 2))[:, 0]                # (B, ceil(T / stride))
+        Score j is centred on frame (first // stride + j) * stride, so the first may be centred a little
+        before `first`."""
+        h = self.dit.hidden(x, t, cond, self.layer, remat)[:, 1:]                       # (B, T, D)
+        scores = self.head(self.project(self.norm(h)).transpose(1, 2))[:, 0]    # (B, ceil(T / stride))
         return scores[:, first // self.stride:].float()
 
     def weights(self, music, first):
         """music (B, T): 1 where an item is music -> weights (B, S) for the scores of `forward`."""
-        at = torch.arange(first // self.stride * self.stride, music.shape[1], self.stride, device=music.device)
-        weights = music[:, at.clamp(min=first)]
+        start = first // self.stride * self.stride
+        centres = torch.arange(start, music.shape[1], self.stride, device=music.device)
+        weights = music[:, centres.clamp(min=first)]
         return weights / weights.sum(1, keepdim=True)
 
     def trained(self, phase):
-        """What the optimizer of a phase moves: exactly what gets gradient, so that nothing else decays."""
+        """Parameters that the optimizer of a phase moves: exactly those that get gradient, or weight decay
+        would shrink the others."""
         idle = ["dit.context_in.", "conditioner.proj_out."]
         if phase == "warm D":
             idle += ["norm.", "project.", "head."]
         else:
-            idle += ["dit.project_out.", "dit.conv_out.", *(f"dit.layers.{i}." for i in range(self.layer + 1, self.config.depth))]
+            idle += ["dit.project_out.", "dit.conv_out."]
+            idle += [f"dit.layers.{i}." for i in range(self.layer + 1, self.config.depth)]
         return [p for name, p in self.named_parameters() if not name.startswith(tuple(idle))]
 
 
 def start_discriminator(base, saved):
-    """D with the weights of a model `base` and a new head, or as a checkpoint holds it."""
-    critic = Discriminator(Config.from_dict(saved["discriminator"]["config"]) if saved else base.config).eval()
+    """D with the weights of the model `base` and a new head, or as the checkpoint `saved` holds it."""
     if saved:
+        critic = Discriminator(Config.from_dict(saved["discriminator"]["config"]))
         critic.load_state_dict(saved["discriminator"]["weights"])
     else:
+        critic = Discriminator(base.config)
         critic.dit.load_state_dict(base.dit.state_dict())
         critic.conditioner.load_state_dict(base.conditioner.state_dict())
-    return critic
-
-
-def flow_loss(critic, cond, x0, noise, t, music, remat=False):
-    """Plain flow matching over a whole sequence x0 (B, C, T), each item at its level t (B,), where it is music: (B,)."""
-    level, objective = t[:, None, None], critic.config.objective
-    v = critic.dit(add_noise(x0, noise, level, objective), t, cond, remat=remat)
-    error = (v.float() - velocity(x0, noise, level, objective)).square().mean(1)            # (B, T)
-    return (error * music).sum(1) / music.sum(1)
+    if base.conditioner.words is not None:                  # its rows are no weights
+        critic.conditioner.words.known = base.conditioner.words.known
+    return critic.eval()
 
 
 # -------------------------------------------------------------------------------- the rollout
-def recorded(predict, seen):
+def recorded(predict, calls):
+    """predict(x, t), which also appends (x, t) to the list `calls`."""
     def predict_and_record(x, t):
-        seen.append((x, t))
+        calls.append((x, t))
         return predict(x, t)
     return predict_and_record
 
 
 @torch.no_grad()
-def rollout(model, memory, prime, levels, ks, draw, sampler="pingpong"):
-    """Go on from prime (B, C, context), block i in ks[i] denoising steps, as `sample.stream` would; draw() gives its noise.
+def rollout(model, prompt, prime, levels, ks, draw, sampler="pingpong"):
+    """Continue prime (B, C, context), block i in ks[i] denoising steps, as `sample.stream` would.
 
-    Returns the latents (B, C, len(ks) * block) and (x_t, t) of each block's last evaluation, for `replay`."""
-    context, blocks, last = Context(model, memory, prime), [], []
+    prompt: EncodedPrompt; levels: of the most denoising steps; draw(): noise of a block. Returns the latents
+    (B, C, len(ks) * block) and (x_t, t) of each block's last evaluation, for `replay`."""
+    context = Context(model, prompt, prime)
+    blocks = []
+    evaluations = []
     for k in ks:
-        seen = []
-        predict = recorded(context.predict, seen)
-        blocks.append(denoise_block(predict, draw(), levels[:k], sampler, model.config.objective, draw))
-        context.append(blocks[-1])
-        last.append(seen[-1])
-    return torch.cat(blocks, dim=-1), last
+        calls = []
+        predict = recorded(context.predict, calls)
+        block = denoise_block(predict, draw(), levels[:k], sampler, model.config.objective, draw)
+        context.append(block)
+        blocks.append(block)
+        evaluations.append(calls[-1])
+    return torch.cat(blocks, dim=-1), evaluations
 
 
-def replay(model, memory, prime, latents, last, gradient, precision):
-    """The rollout's backward pass: gradient (B, C, T) of a loss by its latents -> gradients of G's parameters.
+def replay(model, prompt, prime, latents, evaluations, gradient, precision):
+    """The rollout's backward pass: gradient (B, C, T) by its latents -> gradients of G's parameters.
 
-    Each block's last evaluation is made once more, differentiated and forgotten before the next: what would need the memory
-    of all blocks needs that of one. The context is walked through again too, which is cheaper than keeping its caches."""
+    Each block's last evaluation is made once more, differentiated and forgotten before the next: the memory
+    of one block suffices for all. The context is walked through again too, which is cheaper than keeping its
+    caches."""
     block = model.config.block
     with precision():
-        context = Context(model, memory, prime)
-    for (x, t), x0, slope in zip(last, latents.split(block, dim=-1), gradient.split(block, dim=-1)):
-        evaluate(model, context, x, t, precision).backward(slope, retain_graph=True)        # of the prompt's part, for the others
+        context = Context(model, prompt, prime)
+    for (x, t), x0, slope in zip(evaluations, latents.split(block, dim=-1), gradient.split(block, dim=-1)):
+        # all evaluations share the graph of the encoded prompt, so it must outlive each of them
+        evaluate(model, context, x, t, precision).backward(slope, retain_graph=True)
         context.append(x0)
 
 
@@ -166,343 +202,515 @@ def evaluate(model, context, x, t, precision):
 
 @torch.no_grad()
 def trajectory(teacher, cond, prime, levels, cfg, draw):
-    """The finetuned model's own path to the block after prime: (x_t, t) of every evaluation, and its end (B, C, block)."""
-    context, seen = Context(teacher, teacher.dit.encode_prompt(with_null(cond, cfg)), prime), []
-    end = denoise_block(recorded(context.predict, seen), draw(), levels, "euler", teacher.config.objective, draw, cfg)
-    return seen, end
+    """The finetuned model's path to the block after prime.
 
-
-def pick_up(streams, items, prime, prompts, anew):
-    """Where the items' own streams {item: (context (C, context), prompt)} have got to: contexts as prime, prompts.
-
-    One begins from prime and prompts where there is none yet, and where anew (of the whole batch) says so."""
-    starts = dict(zip(items, zip(prime.cpu(), prompts)))
-    contexts, prompts = zip(*(starts[item] if anew[item] else streams.get(item, starts[item]) for item in items))
-    return torch.stack(contexts).to(prime.device), list(prompts)
+    Returns (x_t, t) of all evaluations, and its end (B, C, block)."""
+    context = Context(teacher, teacher.dit.encode_prompt(with_null(cond, cfg)), prime)
+    points = []
+    predict = recorded(context.predict, points)
+    end = denoise_block(predict, draw(), levels, "euler", teacher.config.objective, draw, cfg)
+    return points, end
 
 
 # -------------------------------------------------------------------------------- what a step draws
 class Batch(NamedTuple):
-    """Rows of a batch; everything random is drawn for the whole batch, then cut to them."""
+    """Rows of a step's batch; everything random is drawn for the whole batch, then cut to them."""
     latents: torch.Tensor                                   # (B, C, context + rollout): real
-    music: torch.Tensor                                     # (B, context + rollout): 1 where latents are music, 0 where absent
+    music: torch.Tensor                                     # (B, context + rollout): 1 where music, else 0
     prompts: list
     others: list                                            # the prompts of other items
     noise: torch.Tensor                                     # as latents
     uniform: torch.Tensor                                   # (B,) in [0, 1), for the level
-    ks: list                                                # denoising steps of each block, the same for all items
+    ks: list                                                # denoising steps of each block, for all items
     draw: Callable                                          # -> noise (B, C, block)
     rng: np.random.Generator                                # for what is left to draw, the same in all rows
 
+    def to(self, device):
+        def draw():
+            return self.draw().to(device)
+        return self._replace(latents=self.latents.to(device), music=self.music.to(device),
+                             noise=self.noise.to(device), uniform=self.uniform.to(device), draw=draw)
+
 
 def draw_batch(tracks, config, batch, blocks, most, rows, seed, phase, step):
-    """Rows (a slice) of the batch of a phase's step: `blocks` to roll out, each in 1 to `most` denoising steps.
+    """Rows (a slice) of a step's batch: `blocks` to roll out, each in 1 to `most` denoising steps.
 
-    A track too short begins right after an empty context, as a stream would, and what lies beyond its end is not scored."""
-    c, rng = config, np.random.default_rng([seed, PHASES.index(phase), step])
-    positions, missing, total = rng.random(batch), missing_context(rng, batch, config), config.context_blocks + blocks
-    uniform, ks = torch.from_numpy(rng.random(batch)).float(), rng.integers(1, most, blocks, endpoint=True).tolist()
+    A track that is too short begins right after an empty context, as a stream would, and what lies beyond its
+    end is not scored."""
+    c = config
+    total = c.context_blocks + blocks
+    rng = np.random.default_rng([seed, PHASES.index(phase), step])
+    positions = rng.random(batch)
+    missing = missing_context(rng, batch, c)
+    uniform = torch.from_numpy(rng.random(batch)).float()
+    ks = rng.integers(1, most, blocks, endpoint=True).tolist()
     generator = torch.Generator().manual_seed(int(rng.integers(2 ** 31)))
-    draw = lambda length=c.block: torch.randn(batch, c.channels, length, generator=generator)[rows]
+
+    def draw(length=c.block):
+        return torch.randn(batch, c.channels, length, generator=generator)[rows]
     latents, prompts, absent = data.crops_at(tracks, total, c.block, positions[rows])
     others = data.crops_at(tracks, 1, c.block, np.roll(positions, 1)[rows])[1]
-    music = torch.ones(len(latents), total)
+    music = torch.ones(len(latents), total)                 # in blocks
     for i, (gone, short) in enumerate(zip(missing[rows], absent.tolist())):
-        early = max(0, short - c.context_blocks)            # blocks that such a track is moved to the left
+        early = max(0, short - c.context_blocks)            # blocks that a short track is moved to the left
         latents[i] = latents[i].roll(-early * c.block, dims=-1)
         latents[i, :, :gone * c.block] = 0
-        music[i, :max(gone, short - early)] = music[i, total - early:] = 0
-    return Batch(latents, music.repeat_interleave(c.block, dim=1), prompts, others, draw(total * c.block), uniform[rows], ks, draw, rng)
+        music[i, :max(gone, short - early)] = 0
+        music[i, total - early:] = 0
+    return Batch(latents, music.repeat_interleave(c.block, dim=1), prompts, others, draw(total * c.block),
+                 uniform[rows], ks, draw, rng)
 
 
-def verdict(recent):
-    """What has gone wrong in the last steps of the game [(D's margin, latents' spread against music's)], or None."""
-    margin, spread = np.mean(recent, axis=0)
-    if not 0.5 <= spread <= 2:
-        return f"the rollout's latents have {spread:.2f}x the standard deviation of music: G is falling apart; lower --lr, warm up longer"
-    if not abs(margin) <= 4:                                # softplus(-4) = 0.02
-        return f"{'D' if margin > 0 else 'G'} wins every time (margin {margin:.1f}): lower {'--d-lr' if margin > 0 else '--lr'} or warm up longer"
+# -------------------------------------------------------------------------------- three kinds of step
+class Setting(NamedTuple):
+    """What all steps of a run share."""
+    device: torch.device
+    precision: Callable                                     # makes the context manager of mixed precision
+    remat: bool
+    item_weight: float                                      # of an item's loss in this process's sum
+    texts: dict                                             # `encode_texts` of G and its teacher
+    critic_texts: dict                                      # `encode_texts` of D
+    levels: torch.Tensor                                    # of a block of --most denoising steps
 
 
-# -------------------------------------------------------------------------------- the script
-def parser():
-    p = argparse.ArgumentParser(description="ARC-Forcing: stable for minutes, in a handful of steps.", allow_abbrev=False)
-    p.add_argument("--init", default="out/finetune.pt", help="finetuned checkpoint to start from")
-    p.add_argument("--data", help="folder of audio files (default: the one --init was finetuned on)")
-    p.add_argument("--base", help="checkpoint for the discriminator, or none: --init itself (default: the public model that --init comes from)")
-    p.add_argument("--out", default="out/arc.pt")
-    p.add_argument("--resume", action="store_true", help="go on from --out, with its settings unless given anew")
-    # the game
-    p.add_argument("--rollout", type=whole, default=4, help="blocks that G plays in a row")
-    p.add_argument("--most", type=whole, default=8, help="denoising steps of a block: drawn from 1 to this, and what the result plays with")
-    p.add_argument("--steps", type=whole, default=2000, help="of the game, half of them D's, half G's")
-    p.add_argument("--batch", type=whole, default=8, help="rollouts per step, over all processes and accumulations")
-    p.add_argument("--accumulate", type=whole, default=1, help="backward passes per step")
-    p.add_argument("--lr", type=float, default=1e-6, help="of G")
-    p.add_argument("--d-lr", type=float, default=1e-6, help="of D")
-    p.add_argument("--clip", type=float, default=1.0, help="gradient norm")
-    p.add_argument("--seed", type=random_seed, default=0)
-    # before the game
-    p.add_argument("--d-warmup", type=int, default=500, help="steps of flow matching for D")
-    p.add_argument("--g-warmup", type=int, default=0, help="steps of G on the finetuned model's own trajectories")
-    p.add_argument("--on-policy", type=int, default=0, help="the last so many of those steps start from where G's own streams have got to, not from music")
-    p.add_argument("--warmup-lr", type=float, default=5e-5, help="of both, falling to 0")
-    p.add_argument("--teacher-steps", type=whole, help="steps of those trajectories (default: as --init plays)")
-    p.add_argument("--teacher-cfg", type=finite, help="guidance of those trajectories (default: as --init plays)")
-    # reports
-    p.add_argument("--every", type=whole, default=50, help="steps between checkpoints")
-    p.add_argument("--sample-every", type=int, default=500, help="steps between samples in out/samples, 0 for none")
-    # machine
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto")
-    p.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True, help="activation checkpointing in D: less memory, slower")
-    p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
-    return p
+def flow_step(critic, batch, setting):
+    """D learns to denoise what it will judge, and gets the gradients. Returns {name: sum over the items}."""
+    frames = batch.latents.shape[-1]
+    with setting.precision():
+        cond = condition(critic, setting.critic_texts, batch.prompts, setting.device, frames=frames)
+        losses = flow_loss(critic, cond, batch.latents, batch.noise, shift_time(batch.uniform, frames),
+                           batch.music, setting.remat)
+    (losses.sum() * setting.item_weight).backward()
+    return sums_of(loss=losses)
 
 
-def fill_in(args):
-    """--data and --base, where not named, as the checkpoint --init was made."""
-    if not Path(args.init).is_file():
-        raise UserError(f"no checkpoint at {args.init}: run finetune.py first, or name a finetuned one with --init")
-    saved = read_checkpoint(args.init)
-    check_streams(args.init, saved["stage"])
-    made = saved.get("args", {})
-    args.data = args.data or made.get("data")
-    if args.data is None:
-        raise UserError(f"--data is missing, and {args.init} does not tell what it was finetuned on: name a folder of audio files")
-    if args.base is None:
-        args.base = made.get("base") or made.get("init") or "none"
-        if not Path(args.base).is_file() or read_checkpoint(args.base)["stage"] != "base":
-            args.base = "none"
+def distill_step(model, teacher, levels, cfg, batch, setting):
+    """G learns to predict, from points on its teacher's path, where the path ends.
+
+    levels, cfg: the teacher's noise levels and guidance. As many points are taken as G will make steps in a
+    block. Returns {name: sum over the items}."""
+    c = model.config
+    prime = batch.latents[..., :c.context]
+    with setting.precision():
+        prompt = model.dit.encode_prompt(condition(model, setting.texts, batch.prompts, setting.device))
+    with setting.precision(), torch.no_grad():
+        cond = condition(teacher, setting.texts, batch.prompts, setting.device)
+        points, end = trajectory(teacher, cond, prime, levels, cfg, batch.draw)
+        context = Context(model, prompt, prime)
+    chosen = batch.rng.permutation(len(points))[:len(setting.levels)]
+    total = 0
+    for i in chosen:
+        x, t = points[i]
+        x0 = evaluate(model, context, x, t, setting.precision)
+        losses = distill_loss(x0, end, alpha_sigma(t, c.objective)[1]) / len(chosen)
+        # all evaluations share the graph of the encoded prompt, so it must outlive each of them
+        (losses.sum() * setting.item_weight).backward(retain_graph=True)
+        total += losses.detach().sum()
+    return dict(loss=total)
 
 
+def game_step(model, critic, batch, phase, setting):
+    """G plays on, and D compares that with the music; the player named by phase gets the gradients.
+
+    Both continuations follow the same context and are judged at the same level under the same noise.
+    Returns {name: sum over the items}."""
+    c = model.config
+    prime, real = batch.latents[..., :c.context], batch.latents[..., c.context:]
+    with setting.precision(), torch.set_grad_enabled(phase == "G"):
+        prompt = model.dit.encode_prompt(condition(model, setting.texts, batch.prompts, setting.device))
+    with setting.precision():
+        fake, evaluations = rollout(model, prompt, prime, setting.levels, batch.ks, batch.draw)
+    t = noise_level(batch.uniform)
+    is_music = batch.music[:, None, c.context:]
+    weights = critic.weights(batch.music, c.context)
+
+    def condition_of(prompts):
+        return condition(critic, setting.critic_texts, prompts, setting.device,
+                         frames=batch.latents.shape[-1])
+
+    def score(continuation, cond):
+        x = torch.cat([prime, continuation * is_music], dim=-1)
+        x = add_noise(x, batch.noise, t[:, None, None], critic.config.objective)
+        return critic(x, t, cond, c.context, setting.remat)
+
+    with setting.precision():
+        cond = condition_of(batch.prompts)
+        with torch.set_grad_enabled(phase == "D"):
+            d_real = score(real, cond)
+        d_fake = score(fake.requires_grad_(phase == "G"), cond)
+        if phase == "D":
+            d_wrong = score(real, condition_of(batch.others))
+    sums = sums_of(real=weights * d_real, fake=weights * d_fake, fake_std=(fake * is_music).std((1, 2)),
+                   real_std=real.std((1, 2)))
+    if phase == "G":
+        losses = generator_loss(d_real, d_fake, weights)
+        gradient, = torch.autograd.grad(losses.sum() * setting.item_weight, fake)
+        replay(model, prompt, prime, fake.detach(), evaluations, gradient, setting.precision)
+        return sums_of(loss=losses) | sums
+    different = [own != other for own, other in zip(batch.prompts, batch.others)]
+    losses = discriminator_loss(d_real, d_fake, weights)
+    contrastive = contrastive_loss(d_real, d_wrong, weights, torch.tensor(different, device=t.device).float())
+    ((losses + CONTRAST * contrastive).sum() * setting.item_weight).backward()
+    return sums_of(loss=losses, contrastive=contrastive, wrong=weights * d_wrong) | sums
+
+
+def sums_of(**values):
+    return {name: value.detach().sum() for name, value in values.items()}
+
+
+# -------------------------------------------------------------------------------- G's own streams
+def pick_up(streams, items, prime, prompts, restart):
+    """The contexts and prompts that the items' own streams have got to: (B, C, context), list.
+
+    streams: {item: (context (C, context), prompt)}. A stream begins from prime and prompts where there is
+    none yet, and where restart, of the whole batch, is true."""
+    starts = dict(zip(items, zip(prime.cpu(), prompts)))
+    states = [starts[item] if restart[item] else streams.get(item, starts[item]) for item in items]
+    contexts, prompts = zip(*states)
+    return torch.stack(contexts).to(prime.device), list(prompts)
+
+
+def continue_streams(model, batch, items, restart, streams, setting):
+    """Play on in the items' own streams: their contexts are what G's playing leads to, and music never does.
+
+    Returns the batch with those contexts and prompts, and {item: (context, prompt)} for `streams`."""
+    c = model.config
+    prime, prompts = pick_up(streams, items, batch.latents[..., :c.context], batch.prompts, restart)
+    ks = [len(setting.levels)] * OWN_BLOCKS
+    with setting.precision(), torch.no_grad():
+        prompt = model.dit.encode_prompt(condition(model, setting.texts, prompts, setting.device))
+        # DPM-Solver++ adds no noise of its own
+        played, _ = rollout(model, prompt, prime, setting.levels, ks, batch.draw, "dpmpp")
+    prime = torch.cat([prime, played], dim=-1)[..., -c.context:]
+    latents = torch.cat([prime, batch.latents[..., c.context:]], dim=-1)
+    return batch._replace(latents=latents, prompts=prompts), dict(zip(items, zip(prime.cpu(), prompts)))
+
+
+# -------------------------------------------------------------------------------- phases and reports
 def next_phase(done, args):
-    """done: steps made in each phase. None when all is done. D begins."""
+    """The phase of the next step, or None after the last. done: {phase: steps made}. D begins the game."""
     if done["warm D"] < args.d_warmup:
         return "warm D"
     if done["warm G"] < args.g_warmup:
         return "warm G"
     if done["D"] + done["G"] < args.steps:
         return "D" if done["D"] <= done["G"] else "G"
+    return None
 
 
-def over_processes(sums, world):
-    """{name: sum over this process's items} -> over everyone's."""
-    values = torch.stack([v.double().cpu() for v in sums.values()])
+def learning_rate(phase, step, args):
+    """Constant in the game; in a warm-up falling to zero, so that its last batches change little."""
+    if phase == "warm D":
+        return args.warmup_lr * (1 - step / max(1, args.d_warmup))
+    if phase == "warm G":
+        return args.warmup_lr * (1 - step / max(1, args.g_warmup))
+    return args.d_lr if phase == "D" else args.lr
+
+
+def batch_means(sums, batch, world):
+    """{name: sum over this process's items} -> {name: mean over the whole batch}.
+
+    The standard deviations of rollout and music become their ratio, the spread."""
+    values = torch.stack([value.double().cpu() for value in sums.values()])
     if world > 1:
         values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(values)
-    return dict(zip(sums, values.tolist()))
+    means = {name: value / batch for name, value in zip(sums, values.tolist())}
+    if "fake_std" in means:
+        means["spread"] = means.pop("fake_std") / max(1e-6, means.pop("real_std"))      # 1e-6: silence
+    return means
 
 
-def of_all(mine, world):
+def gathered(own, world):
     """{item: ...} of this process -> of all processes."""
-    everyone = [mine] * world
+    parts = [own] * world
     if world > 1:
-        dist.all_gather_object(everyone, mine)
-    return {item: value for theirs in everyone for item, value in theirs.items()}
+        dist.all_gather_object(parts, own)
+    return {item: value for part in parts for item, value in part.items()}
+
+
+def verdict(recent):
+    """What has gone wrong in the last steps of the game, in words, or None.
+
+    recent: of each step D's margin and the spread of G's latents against that of music."""
+    margin, spread = np.mean(recent, axis=0)
+    if not 0.5 <= spread <= 2:
+        return (f"the rollout's latents have {spread:.2f}x the standard deviation of music: G is falling "
+                "apart; lower --lr, warm up longer")
+    if not abs(margin) <= 4:                                # softplus(-4) = 0.02
+        winner, option = ("D", "--d-lr") if margin > 0 else ("G", "--lr")
+        return f"{winner} wins every time (margin {margin:.1f}): lower {option} or warm up longer"
+    return None
+
+
+# -------------------------------------------------------------------------------- the script
+def parser():
+    p = argparse.ArgumentParser(description="ARC-Forcing: stable for minutes, in a handful of steps.",
+                                allow_abbrev=False)
+    p.add_argument("--init", default="out/finetune.pt", help="finetuned checkpoint to start from")
+    p.add_argument("--data", help="folder of audio files (default: the one --init was finetuned on)")
+    p.add_argument("--base", help="checkpoint for the discriminator, or none: --init itself "
+                                  "(default: the public model that --init comes from)")
+    p.add_argument("--out", default="out/arc.pt")
+    p.add_argument("--resume", action="store_true",
+                   help="go on from --out, with its settings unless given again")
+    # the game
+    p.add_argument("--rollout", type=whole, default=4, help="blocks that G plays in a row")
+    p.add_argument("--most", type=whole, default=8,
+                   help="denoising steps of a block: drawn from 1 to this, and what the result plays with")
+    p.add_argument("--steps", type=whole, default=2000, help="of the game, half of them D's, half G's")
+    p.add_argument("--batch", type=whole, default=8,
+                   help="rollouts per step, over all processes and accumulations")
+    p.add_argument("--accumulate", type=whole, default=1, help="backward passes per step")
+    p.add_argument("--lr", type=positive_finite, default=1e-6, help="of G")
+    p.add_argument("--d-lr", type=positive_finite, default=1e-6, help="of D")
+    p.add_argument("--clip", type=not_negative, default=1.0, help="largest gradient norm, 0 for no clipping")
+    p.add_argument("--seed", type=random_seed, default=0)
+    # before the game
+    p.add_argument("--d-warmup", type=whole_or_zero, default=500, help="steps of flow matching for D")
+    p.add_argument("--g-warmup", type=whole_or_zero, default=0,
+                   help="steps of G on the finetuned model's own trajectories")
+    p.add_argument("--on-policy", type=whole_or_zero, default=0,
+                   help="so many of those steps, the last, continue G's own streams and not music")
+    p.add_argument("--warmup-lr", type=positive_finite, default=5e-5, help="of both, falling to 0")
+    p.add_argument("--teacher-steps", type=whole,
+                   help="steps of those trajectories (default: as --init plays)")
+    p.add_argument("--teacher-cfg", type=finite,
+                   help="guidance of those trajectories (default: as --init plays)")
+    # reports
+    p.add_argument("--every", type=whole, default=50, help="steps between checkpoints")
+    p.add_argument("--sample-every", type=whole_or_zero, default=500,
+                   help="steps between samples in out/samples, 0 for none")
+    # machine
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto")
+    p.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True,
+                   help="activation checkpointing in D: less memory, slower")
+    p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+    return p
+
+
+def fill_in(args):
+    """--data and --base, where not named, as the checkpoint --init was made. Raises UserError."""
+    if not Path(args.init).is_file():
+        raise UserError(f"no checkpoint at {args.init}: run finetune.py first, or name a finetuned one with "
+                        "--init")
+    saved = read_checkpoint(args.init)
+    check_streams(args.init, saved["stage"])
+    finetuned_with = saved.get("args", {})
+    args.data = args.data or finetuned_with.get("data")
+    if args.data is None:
+        raise UserError(f"--data is missing, and {args.init} does not tell what it was finetuned on: name a "
+                        "folder of audio files")
+    if args.base is None:
+        args.base = finetuned_with.get("base") or finetuned_with.get("init") or "none"
+        if not Path(args.base).is_file() or read_checkpoint(args.base)["stage"] != "base":
+            args.base = "none"
+
+
+def check_options(args):
+    """UserError for options that do not go together."""
+    if args.g_warmup and Path(args.init).resolve() == Path(args.out).resolve():
+        raise UserError(f"--out {args.out} would overwrite the warm-up's teacher, --init: name another")
+    if args.resume:
+        return
+    if args.on_policy > args.g_warmup:
+        raise UserError(f"--on-policy {args.on_policy}: these are the last of the steps of --g-warmup, "
+                        f"{args.g_warmup}")
+    if not args.g_warmup and (args.teacher_steps, args.teacher_cfg) != (None, None):
+        raise UserError("--teacher-steps and --teacher-cfg are of G's warm-up, which has no steps: "
+                        "--g-warmup")
+
+
+def start_networks(args, saved):
+    """G, D, and the model that D comes from. Raises UserError."""
+    model = load(args.init if saved is None else args.out)
+    base = model if args.base == "none" else load(args.base)
+    if data.fingerprint(base) != data.fingerprint(model):
+        raise UserError(f"--base {args.base} and --init {args.init} have different autoencoders: their "
+                        "latents do not compare")
+    return model, start_discriminator(base, saved), base
+
+
+def prepare_data(folder, model, base, device, rank, world):
+    """The Dataset, and what `encode_texts` makes of its prompts for G and for D. Raises UserError."""
+    check_text_encoder(model)
+    check_text_encoder(base)
+    dataset = prepare_once(folder, model, device, rank, world)
+    texts = encode_texts(model, dataset.tracks)
+    if base is model:
+        return dataset, texts, texts
+    words_met(base, dataset.train)                          # D's encoder shares the rows of base's
+    return dataset, texts, encode_texts(base, dataset.tracks)
+
+
+def start_optimizers(model, critic, args):
+    """{phase: parameters that it moves}, {phase: optimizer}.
+
+    `context_in` is not among G's: the context's keys and values are detached, so it gets no gradient."""
+    model.requires_grad_(False)
+    of_generator = []
+    for part in model.dit, model.conditioner:
+        for name, p in part.named_parameters():
+            if not name.startswith(("context_in.", "proj_out.")):
+                of_generator.append(p.requires_grad_())
+    trained = {"warm D": critic.trained("warm D"), "warm G": of_generator, "D": critic.trained("D"),
+               "G": of_generator}
+    optimizers = {}
+    for phase in PHASES:
+        optimizers[phase] = torch.optim.AdamW(trained[phase], lr=learning_rate(phase, 0, args),
+                                              betas=(0.9, 0.95), weight_decay=0.01)
+    return trained, optimizers
+
+
+def start_teacher(args, config, device):
+    """The finetuned model that warms G up, its noise levels and its guidance. Raises UserError."""
+    teacher = load(args.init).to(device).requires_grad_(False)
+    if teacher.config != config:
+        raise UserError(f"--init {args.init} has other sizes, blocks or another regime than {args.out}: it "
+                        "is not its teacher")
+    settings = sampling_settings(teacher, args.teacher_steps, "euler", args.teacher_cfg)
+    return teacher, schedule(settings["steps"])[:-1].to(device), settings["cfg"]
+
+
+def label(model, done, most, learned):
+    """What the checkpoint says of itself: how it is played best, and the words that it knows."""
+    if done["D"] + done["G"]:
+        model.stage = "arc"
+        model.sampling = dict(steps=most, **learned)
+    elif done["warm G"]:
+        model.sampling |= learned
+
+
+def describe(args, config, trained, critic):
+    """In words, what is trained and on what."""
+    c = config
+    frames = c.context + args.rollout * c.block
+    origin = args.init if args.base == "none" else args.base
+    return (f"{regime_of(c)}; G {millions(trained['G'])}, D {millions(trained['D'])} parameters to train, "
+            f"D from {args.out if args.resume else origin}, layer {critic.layer}; "
+            f"{c.context} + {args.rollout} x {c.block} frames = {frames / c.frame_rate:.1f} s, "
+            f"1 to {args.most} denoising steps a block")
+
+
+def save_state(model, critic, optimizers, done, streams, args, tracks):
+    """The checkpoint, from which a run can also be resumed."""
+    save(model, args.out, sum(done.values()), " ".join(["arc_forcing.py", *sys.argv[1:]]), args=vars(args),
+         tracks=tracks, done=done, streams=streams,
+         discriminator={"config": critic.config.to_dict(), "weights": critic.state_dict()},
+         optimizers={phase: optimizer.state_dict() for phase, optimizer in optimizers.items()})
 
 
 def main():
-    args, saved = parse(parser())
+    args, saved = parse(parser(), "discriminator", "ARC-Forcing")
     if saved is None:
         fill_in(args)
-    elif "discriminator" not in saved:
-        raise UserError(f"{args.out} holds no ARC-Forcing to resume")
-    if args.g_warmup and Path(args.init).resolve() == Path(args.out).resolve():
-        raise UserError(f"--out {args.out} would overwrite the warm-up's teacher, --init: name another")
-    writable(args.out)
-    torch.set_flush_denormal(True)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rank, world, device = start_processes(args.device)
-    if args.remat and device.type == "cpu":
-        if speed:
-            speed.return_memory()
-    rows = micro_rows(args.batch, args.accumulate, world, rank)
-    torch.manual_seed(args.seed)                            # for the head's first weights
-    say = lambda text: rank or print(text, file=sys.stderr)
-    model = load(args.init if saved is None else args.out)
-    base = load(args.base) if args.base != "none" else model
-    if data.fingerprint(base) != data.fingerprint(model):
-        raise UserError(f"--base {args.base} and --init {args.init} have different autoencoders: their latents do not compare")
-    critic = start_discriminator(base, saved)
+    check_options(args)
+    rank, world, device, micro_batches = set_up(args)
+    if speed and args.remat and device.type == "cpu":
+        speed.return_memory()
+    model, critic, base = start_networks(args, saved)
     c = model.config
     precision_name, precision = training_precision(args.precision, device)
-    frames, levels = c.context + args.rollout * c.block, schedule(args.most)[:-1].to(device)
 
-    dataset = prepare_once(args.data, model, device, rank, world)
-    texts = encode_texts(model, dataset.tracks)
-    critic_texts = texts if base is model else encode_texts(base, dataset.tracks)
-    learns = dict(prompt=dataset.train[0].prompt, words=words_met(model, dataset.train) if model.sampling.get("words") else [])
+    dataset, texts, critic_texts = prepare_data(args.data, model, base, device, rank, world)
     del base
-    model.to(device).requires_grad_(False)
+    known_words = words_met(model, dataset.train) if model.sampling.get("words") else []
+    learned = dict(prompt=dataset.train[0].prompt, words=known_words)
+    setting = Setting(device, precision, args.remat, world / args.batch, texts, critic_texts,
+                      schedule(args.most)[:-1].to(device))
+    tracks = track_records(dataset)
+    model.to(device)
     critic.to(device)
 
-    # --- optimizers: the context's own layer gets no gradient here, its keys and values are always detached
-    players = {phase: critic.trained(phase) for phase in ("warm D", "D")}
-    players["G"] = [p.requires_grad_() for part in (model.dit, model.conditioner) for name, p in part.named_parameters()
-                    if not name.startswith(("context_in.", "proj_out."))]
-    players["warm G"] = players["G"]
-    adam = lambda phase, lr: torch.optim.AdamW(players[phase], lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    rates = {"warm D": args.warmup_lr, "warm G": args.warmup_lr, "D": args.d_lr, "G": args.lr}
-    optimizers, done, streams = {phase: adam(phase, rates[phase]) for phase in PHASES}, dict.fromkeys(PHASES, 0), {}
-    if saved is not None:
-        done, streams = dict(saved["done"]), dict(saved.get("streams", {}))
-        for phase, optimizer in optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][phase])
-            if not phase.startswith("warm"):                # one given anew counts; a warm-up's is set at each step
-                optimizer.param_groups[0]["lr"] = rates[phase]
-        del saved
+    # --- optimizers, and where a resumed run has got to
+    trained, optimizers = start_optimizers(model, critic, args)
+    done = dict.fromkeys(PHASES, 0) if saved is None else dict(saved["done"])       # steps made in each phase
+    streams = {} if saved is None else dict(saved.get("streams", {}))
     teacher = None
     if done["warm G"] < args.g_warmup:
-        teacher = load(args.init).to(device).requires_grad_(False)
-        if teacher.config != c:
-            raise UserError(f"--init {args.init} has other sizes, blocks or another regime than {args.out}: it is not its teacher")
-        teaching = sampling_settings(teacher, args.teacher_steps, "euler", args.teacher_cfg)
-    log = Log(Path(args.out).with_suffix(".csv"), ("step", "phase", "loss", "contrastive", "real", "fake", "wrong", "spread", "gradient",
-                                                   "seconds"), sum(done.values())) if not rank else None
-    million = lambda parameters: f"{sum(p.numel() for p in parameters) / 1e6:.1f} M"
-    say(f"{'block-causal' if c.causal else 'encoder-decoder'}; G {million(players['G'])}, D {million(players['D'])} parameters to train, D from "
-        f"{args.out if args.resume else args.init if args.base == 'none' else args.base}, layer {critic.layer}; {c.context} + {args.rollout} x {c.block} frames = "
-        f"{frames / c.frame_rate:.1f} s, 1 to {args.most} denoising steps a block; batch {args.batch} = {world} processes x {args.accumulate} x "
-        f"{args.batch // world // args.accumulate}; {device.type}, {precision_name}; done {done}")
+        teacher, teacher_levels, teacher_cfg = start_teacher(args, c, device)
+    if saved is None:
+        keep_earlier_run(args.out, rank)
+    else:
+        say_changes(saved.get("tracks", tracks), tracks, rank)
+        for phase, optimizer in optimizers.items():
+            restore(optimizer, saved["optimizers"][phase], args.out)
+        del saved                                           # twice the weights' memory
+    log = None if rank else Log(args.out, COLUMNS, sum(done.values()))
+    say(rank, f"{describe(args, c, trained, critic)}; {describe_batch(args, world, device, precision_name)}; "
+        f"done {done}")
 
-    def write():
+    # --- the loop: draw, step, average the gradients, clip, update, log, save
+    recent = deque(maxlen=PATIENCE)
+    seconds = {phase: [] for phase in PHASES}               # of each step
+    clock = time.time()
+    bar = progress_bar(args.d_warmup + args.g_warmup + args.steps, sum(done.values()), rank)
+
+    def stop():
         if not rank:
-            save(model, args.out, sum(done.values()), " ".join(["arc_forcing.py", *sys.argv[1:]]), args=vars(args), done=done, streams=streams,
-                 discriminator={"config": critic.config.to_dict(), "weights": critic.state_dict()},
-                 optimizers={phase: optimizer.state_dict() for phase, optimizer in optimizers.items()})
+            save_state(model, critic, optimizers, done, streams, args, tracks)
+        say(rank, f"\nstopped after step {sum(done.values())}; go on with --resume")
 
-    # --- the loop: one phase's step at a time, all its accumulations, then its optimizer
-    recent, clock, spent = deque(maxlen=PATIENCE), time.time(), {phase: [] for phase in PHASES}
-    bar = tqdm(total=args.d_warmup + args.g_warmup + args.steps, initial=sum(done.values()), file=sys.stderr, disable=None if not rank else True)
-    try:
+    with training_loop(bar, world, stop):
         while phase := next_phase(done, args):
-            sums, moved, begun = {}, {}, time.time()
-            def add(**values):
-                for name, value in values.items():
-                    sums[name] = sums.get(name, 0) + value.detach().sum()
-            for part in rows:
-                b = draw_batch(dataset.train, c, args.batch, args.rollout, args.most, part, args.seed, phase, done[phase])
-                latents, music, noise, uniform = (y.to(device) for y in (b.latents, b.music, b.noise, b.uniform))
-                prime, real, draw = latents[..., :c.context], latents[..., c.context:], lambda: b.draw().to(device)
-                share = world / args.batch                  # of one item: the mean over processes is the batch's
-
-                # --- D learns to denoise what it will judge
+            step_began = time.time()
+            sums = {}
+            played = {}                                     # G's own streams, as this step leaves them
+            for rows in micro_batches:
+                batch = draw_batch(dataset.train, c, args.batch, args.rollout, args.most, rows, args.seed,
+                                   phase, done[phase]).to(device)
                 if phase == "warm D":
-                    with precision():
-                        cond = condition(critic, critic_texts, b.prompts, device, frames=frames)
-                        losses = flow_loss(critic, cond, latents, noise, shift_time(uniform, frames), music, args.remat)
-                    (losses.sum() * share).backward()
-                    add(loss=losses)
-                    continue
-                prompts, on_policy = b.prompts, phase == "warm G" and done[phase] >= args.g_warmup - args.on_policy
-                if on_policy:
-                    items = range(part.start, part.stop)
-                    prime, prompts = pick_up(streams, items, prime, prompts, b.rng.random(args.batch) < RESTART)
-                with precision(), torch.set_grad_enabled(phase != "D"):
-                    cond = condition(model, texts, prompts, device)
-                    memory = model.dit.encode_prompt(cond)
-
-                # --- G learns where its teacher's path leads, from some of the points on the way
-                if phase == "warm G":
-                    if on_policy:                           # what G's own playing leads to, and music never does
-                        with precision():
-                            played, _ = rollout(model, memory, prime, levels, [args.most] * OWN_BLOCKS, draw, "dpmpp")   # no noise of its own
-                        prime = torch.cat([prime, played], dim=-1)[..., -c.context:]
-                        moved.update(zip(items, zip(prime.cpu(), prompts)))
-                    with precision(), torch.no_grad():
-                        cond = condition(teacher, texts, prompts, device)
-                        points, end = trajectory(teacher, cond, prime, schedule(teaching["steps"])[:-1].to(device), teaching["cfg"], draw)
-                        context = Context(model, memory, prime)
-                    chosen = b.rng.permutation(len(points))[:args.most]
-                    for i in chosen:
-                        x, t = points[i]
-                        weight = 1 / alpha_sigma(t, c.objective)[1] ** 2 / len(chosen)      # an error of x0 over sigma is one of v: all levels weigh alike
-                        losses = weight * (evaluate(model, context, x, t, precision) - end).square().mean((1, 2))
-                        (losses.sum() * share).backward(retain_graph=True)
-                        add(loss=losses)
-                    continue
-
-                # --- the game: both are judged at the same level, under the same noise
-                with precision():
-                    fake, last = rollout(model, memory, prime, levels, b.ks, draw)
-                t, judged = noise_level(uniform), music[:, None, c.context:]
-                weights = critic.weights(music, c.context)
-                def score(x, cond):
-                    x = torch.cat([prime, x * judged], dim=-1)
-                    return critic(add_noise(x, noise, t[:, None, None], critic.config.objective), t, cond, c.context, args.remat)
-                with precision():
-                    told = condition(critic, critic_texts, b.prompts, device, frames=frames)
-                    with torch.set_grad_enabled(phase == "D"):
-                        d_real = score(real, told)
-                    d_fake = score(fake.requires_grad_(phase == "G"), told)
-                    if phase == "D":
-                        d_wrong = score(real, condition(critic, critic_texts, b.others, device, frames=frames))
-                if phase == "G":
-                    losses = generator_loss(d_real, d_fake, weights)
-                    gradient, = torch.autograd.grad(losses.sum() * share, fake)
-                    replay(model, memory, prime, fake.detach(), last, gradient, precision)
+                    part = flow_step(critic, batch, setting)
+                elif phase == "warm G":
+                    if done[phase] >= args.g_warmup - args.on_policy:
+                        restart = batch.rng.random(args.batch) < RESTART
+                        batch, own = continue_streams(model, batch, range(rows.start, rows.stop), restart,
+                                                      streams, setting)
+                        played |= own
+                    part = distill_step(model, teacher, teacher_levels, teacher_cfg, batch, setting)
                 else:
-                    differs = torch.tensor([mine != other for mine, other in zip(b.prompts, b.others)], device=device).float()
-                    losses, contrastive = discriminator_loss(d_real, d_fake, weights), contrastive_loss(d_real, d_wrong, weights, differs)
-                    ((losses + CONTRAST * contrastive).sum() * share).backward()
-                    add(contrastive=contrastive, wrong=weights * d_wrong)
-                add(loss=losses, real=weights * d_real, fake=weights * d_fake, fake_std=(fake * judged).std((1, 2)), real_std=real.std((1, 2)))
-
-            # --- the phase's one update
-            optimizer, trained = optimizers[phase], players[phase]
-            average_gradients(trained, world)
-            norm = nn.utils.clip_grad_norm_(trained, args.clip)
-            if phase.startswith("warm"):                    # falls to zero: a warm-up ends settled, not shaken by its last batches
-                optimizer.param_groups[0]["lr"] = args.warmup_lr * (1 - done[phase] / (args.d_warmup if phase == "warm D" else args.g_warmup))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            done[phase] += 1
-            if moved:
-                streams.update(of_all(moved, world))
-            step, game = sum(done.values()), done["D"] + done["G"]
-            if phase.startswith("warm") and next_phase(done, args) != phase:
-                optimizer.state.clear()                     # it has served: twice the weights' memory
-                teacher = teacher if phase == "warm D" else None
-            if game:
-                model.stage, model.sampling = "arc", dict(steps=args.most, **learns)
-            elif phase == "warm G":
-                model.sampling |= learns
+                    part = game_step(model, critic, batch, phase, setting)
+                for name, value in part.items():
+                    sums[name] = sums.get(name, 0) + value
+            average_gradients(trained[phase], world)
+            gradient = clip_gradients(trained[phase], args.clip)
+            played = gathered(played, world) if played else {}
+            optimizers[phase].param_groups[0]["lr"] = learning_rate(phase, done[phase], args)
+            with uninterrupted():
+                optimizers[phase].step()
+                done[phase] += 1
+                streams |= played
+                label(model, done, args.most, learned)
+                if phase.startswith("warm") and next_phase(done, args) != phase:
+                    optimizers[phase].state.clear()         # no longer needed: twice the weights' memory
+                    teacher = teacher if phase == "warm D" else None
+            optimizers[phase].zero_grad(set_to_none=True)
             bar.update()
 
             # --- log, warning, checkpoint, sample
-            sums = {name: value / args.batch for name, value in over_processes(sums, world).items()}
-            spent[phase].append(time.time() - begun)        # a GPU has been waited for
-            if phase in ("D", "G"):
-                sums["spread"] = sums.pop("fake_std") / max(1e-6, sums.pop("real_std"))     # 1e-6: silence
-                recent.append((sums["real"] - sums["fake"], sums["spread"]))
-                if len(recent) == PATIENCE and game % PATIENCE == 0 and (warning := verdict(recent)) and not rank:
-                    bar.write(f"warning, step {step}: {warning}", file=sys.stderr)
+            step = sum(done.values())
+            game_steps = done["D"] + done["G"]
+            means = batch_means(sums, args.batch, world)
+            seconds[phase].append(time.time() - step_began)     # the means have waited for a GPU
+            if "spread" in means:
+                recent.append((means["real"] - means["fake"], means["spread"]))
+                if game_steps % PATIENCE == 0 and len(recent) == PATIENCE and verdict(recent) and not rank:
+                    bar.write(f"warning, step {step}: {verdict(recent)}", file=sys.stderr)
             if not rank:
-                bar.set_postfix_str(f"{phase}: " + ", ".join(f"{name} {value:.3f}" for name, value in sums.items()))
-                log.write(step=step, phase=phase, gradient=f"{norm.item():.6g}", seconds=f"{time.time() - clock:.1f}",
-                          **{name: f"{value:.9g}" for name, value in sums.items()})
-            if step % args.every == 0 or not next_phase(done, args):
-                write()
-            if args.sample_every and phase in ("D", "G") and game % args.sample_every == 0 and not rank:
-                name = Path(args.out).parent / "samples" / f"{Path(args.out).stem}_{game}.wav"
-                render_sample(model, texts, learns["prompt"], name, 10, device, precision)
-                bar.write(f"-> {name}", file=sys.stderr)
-    except KeyboardInterrupt:                               # `done` is right, unless it fell into the update itself
-        write()
-        say(f"\nstopped after step {sum(done.values())}; go on with --resume")
-        raise
-    else:
-        if world > 1:
-            dist.barrier()                                  # nobody leaves while another still talks
-    finally:
-        bar.close()
-        if world > 1:
-            dist.destroy_process_group()
-    say(", ".join([*(f"{np.mean(seconds):.2f} s a step of {phase}" for phase, seconds in spent.items() if seconds), peak_memory(device)]))
-    say(f"-> {args.out}; hear it with: python sample.py --ckpt {args.out} > out.wav")
+                shown = [f"{name} {mean:.3f}" for name, mean in means.items()]
+                bar.set_postfix_str(f"{phase}: {', '.join(shown)}")
+                logged = {name: f"{mean:.9g}" for name, mean in means.items()}
+                log.write(step=step, phase=phase, gradient=f"{gradient.item():.6g}",
+                          seconds=f"{time.time() - clock:.1f}", **logged)
+                if step % args.every == 0 or not next_phase(done, args):
+                    save_state(model, critic, optimizers, done, streams, args, tracks)
+                if args.sample_every and phase in ("D", "G") and game_steps % args.sample_every == 0:
+                    bar.write(render_sample(model, setting.texts, learned["prompt"], args.out, game_steps, 10,
+                                            device, precision), file=sys.stderr)
+    a_step = [f"{np.mean(times):.2f} s a step of {phase}" for phase, times in seconds.items() if times]
+    nothing = f"nothing is left to do after {args.steps} steps of the game (--steps)"
+    say_done(rank, ", ".join(a_step) or nothing, device, args.out)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 import controls
-from common import UserError, speed
+from common import UserError, reason_of, speed, uninterrupted
 from model import ResidualUnit
 
 PIECE = 5                                                   # seconds of audio held and encoded at once
@@ -160,6 +160,8 @@ def through_sndfile(file):
         f = soundfile.SoundFile(file)
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a name that ends in .raw
         raise CannotRead(sndfile_reason(error)) from None
+    if f.format == "RAW":                                   # anything at all whose name ends in .au
+        raise CannotRead("damaged, or of another kind than its name says")
     return Recording(f.samplerate, sndfile_speakers(f), sndfile_pieces(f))
 
 
@@ -677,30 +679,40 @@ def decoded_pieces(decoder, latent_blocks):
 
 # -------------------------------------------------------------------------------- files out
 class WavWriter:
-    """16-bit PCM WAV to an open binary file, a pipe included. samples: the length, or None; mended at close
-    where the file is seekable."""
+    """16-bit PCM WAV to an open binary file, a pipe included. Where the file is seekable, its header is
+    corrected at the end."""
 
     def __init__(self, file, rate, channels, samples=None):
-        self.file, self.rate, self.channels, self.promised, self.written = file, rate, channels, samples, 0
+        """samples: how many will come, or None."""
+        self.file = file
+        self.rate = rate
+        self.channels = channels
+        self.promised = samples
+        self.written = 0                                    # bytes of samples
         self.start = file.tell() if file.seekable() else None
         self.header(samples)
 
     def header(self, samples):
-        size = 2 * self.channels * samples if samples is not None else 2 ** 32
+        frame = 2 * self.channels                           # bytes
+        size = frame * samples if samples is not None else 2 ** 32
         riff, data = (min(n, 2 ** 32 - 1) for n in (size + 36, size))   # all ones: the convention for streams
         self.file.write(struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", riff, b"WAVE", b"fmt ", 16, 1,
-                                    self.channels, self.rate, 2 * self.channels * self.rate,
-                                    2 * self.channels, 16, b"data", data))
+                                    self.channels, self.rate, frame * self.rate, frame, 16, b"data", data))
 
     def write(self, samples):                               # int16 (n, channels)
-        self.file.write(samples.tobytes())
+        data = memoryview(samples.tobytes())
+        while data:                                         # a disk that fills takes only the first part
+            taken = self.file.write(data) or 0
+            self.written += taken
+            data = data[taken:]
         self.file.flush()
-        self.written += len(samples)
 
+    @uninterrupted()                                        # Ctrl-C pressed twice
     def close(self):
-        if self.start is not None and self.written != self.promised:
+        samples = self.written // (2 * self.channels)
+        if self.start is not None and samples != self.promised:
             self.file.seek(self.start)
-            self.header(self.written)
+            self.header(samples)
             self.file.seek(0, os.SEEK_END)
         self.file.flush()
 
@@ -709,21 +721,20 @@ def open_output(path, rate, channels, samples):
     """A writer of int16 (n, channels) with write and close: stdout (None), .wav or .flac. Raises
     UserError."""
     if path is None and (sys.stdout is None or sys.stdout.isatty()):
-        raise UserError(
-            f"standard output is {'a terminal' if sys.stdout else 'closed'}: send the audio to a file (> out.wav), a player, or --out FILE"
-        )
+        raise UserError(f"standard output is {'a terminal' if sys.stdout else 'closed'}: "
+                        "send the audio to a file (> out.wav), a player, or --out FILE")
     if path is not None and Path(path).suffix.lower() not in (".wav", ".flac"):
         raise UserError(f"--out {path}: the name must end in .wav or .flac")
     try:
-        if path is None:
-            return WavWriter(sys.stdout.buffer, rate, channels, samples)
-        if Path(path).suffix.lower() == ".wav":
-            return WavWriter(open(path, "wb"), rate, channels, samples)
+        # unbuffered: what does not fit on a full disk must not wait in front of the corrected header
+        place = sys.stdout.fileno() if path is None else path
+        file = open(place, "wb", buffering=0, closefd=path is not None)
+        if path is None or Path(path).suffix.lower() == ".wav":
+            return WavWriter(file, rate, channels, samples)
+        file.close()
         return soundfile.SoundFile(path, "w", rate, channels, "PCM_16")
     except (OSError, soundfile.LibsndfileError) as error:
-        raise UserError(
-            f"cannot write {path or 'to standard output'}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        raise UserError(f"cannot write {path or 'to standard output'}: {reason_of(error, path)}") from None
 
 
 def pcm(audio):

@@ -33,7 +33,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from common import UserError, positive, random_seed, run, whole, writable, write_whole
+from common import UserError, positive_finite, random_seed, run, whole, writable, write_whole
 from model import PRESETS
 
 HOP = PRESETS["nano"].hop                                   # samples a latent frame
@@ -609,7 +609,7 @@ def write_piece(job):
 def main():
     p = argparse.ArgumentParser(description="Compose and render labelled music.", allow_abbrev=False)
     p.add_argument("out", help="folder to write train/, validation/ and metadata.csv to")
-    p.add_argument("--hours", type=positive, default=24, help=f"besides {HELD_OUT} held-out pieces")
+    p.add_argument("--hours", type=positive_finite, default=24, help=f"besides {HELD_OUT} held-out pieces")
     p.add_argument("--kind", choices=("music", "notes"), default="music", help="notes: for the autoencoder")
     p.add_argument("--genres", default=",".join(GENRES), help="names with commas between them")
     p.add_argument("--keys", choices=("few", "all"), default="all", help="few: eight keys of six signatures")

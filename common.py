@@ -1,9 +1,18 @@
 """What the scripts share: checkpoints on disk, the device, numbers on the command line, how a script ends."""
 import argparse
 import contextlib
+import errno
+import io
 import math
 import os
+import pickle
+import re
+import shutil
+import signal
 import sys
+import threading
+import zipfile
+from dataclasses import fields
 from glob import escape
 from pathlib import Path
 
@@ -20,72 +29,182 @@ except ModuleNotFoundError as error:    # speed.py only makes things faster: all
     speed = None
 
 PRECISIONS = "auto", "float32", "bf16", "int8"
+# Ctrl-C; what `kill` and batch systems send; a terminal that is closed, which Windows does not tell
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+LARGEST = 10 ** 9                                           # of the numbers on the command line
 
 
-# -------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------- files that are written
 def writable(path):
-    """Path of a file that is to be written later. UserError where it cannot be, before any work is done for
-    it."""
+    """Path of a file that is to be written later. Raises UserError where it cannot be, before any work is
+    done for it."""
     path = Path(path)
-    there = next(folder for folder in path.absolute().parents if folder.exists())
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder")
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"cannot write {path}: {there} is no folder that can be written in")
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is a device, not a file")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write {path}: {folder} is no folder that can be written in")
     return path
 
 
-def write_whole(path, write):
-    """write(file) to a temporary name, then rename: a killed run leaves no half file that a later one would
-    trust."""
-    part = Path(f"{path}.{os.getpid()}.part")
+def keep_inputs(output, inputs):
+    """UserError where the file to be written is one of those that are read, under whatever name or link.
+
+    inputs: {option: its path or None}."""
+    for option, path in inputs.items():
+        if path and os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output):
+            raise UserError(f"{output} would be written over {option} {path}, which is read: name another")
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """STOP_SIGNALS that arrive inside take effect at the end. Only the main thread receives any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived = []
+
+    def remember(number, frame):
+        arrived.append(number)
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
+        for number in STOP_SIGNALS:
+            signal.signal(number, remember)
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
+
+
+@uninterrupted()
+def write_whole(path, write):
+    """write(file) to a temporary file, then rename it: `path` holds all of the new content, or what it held
+    before.
+
+    Ctrl-C and the like wait for the end. A link stays one. Raises UserError, such as for a full disk."""
+    target = Path(path).resolve()
+    part = Path(f"{target}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             write(file)
-        os.replace(part, path)
+        os.replace(part, target)
+    except (OSError, RuntimeError) as error:                # RuntimeError: torch.save
+        raise UserError(f"cannot write {path}: {reason_of(error, target)}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def reason_of(error, written=None):
+    """An exception in a few words: the system's own, which torch.save hides behind another. numpy and
+    libsndfile lose it; where no space is left beside the file `written`, that is it."""
+    while not isinstance(error, OSError) and isinstance(error.__context__, Exception):
+        error = error.__context__
+    if getattr(error, "strerror", None):
+        return error.strerror
+    if written and shutil.disk_usage(Path(written).parent).free < 2 ** 20:
+        return os.strerror(errno.ENOSPC)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def save_whole(content, path):
     """torch.save, the whole file or none. Raises UserError."""
     path = writable(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for killed in path.parent.glob(f"{escape(path.name)}.*.part"):
-            killed.unlink(missing_ok=True)
-        write_whole(path, lambda file: torch.save(content, file))
-    except (OSError, RuntimeError) as error:                # a full disk
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0][:100]}") from None
+    for leftover in path.parent.glob(f"{escape(path.name)}.*.part"):        # of a run that was killed
+        leftover.unlink(missing_ok=True)
+    write_whole(path, lambda file: torch.save(content, file))
 
 
+# -------------------------------------------------------------------------------- checkpoints
+@uninterrupted()
 def save(model, path, step=0, made="", dtype=None, **extra):
-    """Write config, weights, stage, step and how it was made to one file, whole or not at all. extra: plain
-    values.
+    """Write config, weights, stage, step and how it was made to one file, whole or not at all.
 
-    Raises UserError where it cannot be written, and for weights that are not finite: the file of before is
-    worth more."""
-    # only matrices are rounded: vectors (norms, frequencies, biases) are small and sensitive
-    weights = {k: v.to("cpu", dtype if dtype and v.ndim > 1 else v.dtype) for k,
-               v in model.state_dict().items()}
-    judge = extra.get("discriminator", {}).get("weights", {})
-    if not all(v.isfinite().all() for v in (*weights.values(), *judge.values())):
-        raise UserError(f"not written: the weights are no longer finite (a lower --lr?); what {path} held before is still there")
+    dtype: of the matrices in the file; extra: plain values. Raises UserError where the file cannot be
+    written, and for weights that are not finite: the file of before is worth more."""
+    weights = {}
+    for name, value in model.state_dict().items():          # vectors (norms, biases) are small and sensitive
+        weights[name] = value.to("cpu", dtype if dtype and value.ndim > 1 else value.dtype)
+    discriminator = extra.get("discriminator", {}).get("weights", {})
+    if not all(value.isfinite().all() for value in (*weights.values(), *discriminator.values())):
+        raise UserError("not written: the weights are no longer finite (a lower --lr?); "
+                        f"what {path} held before is still there")
     save_whole({"config": model.config.to_dict(), "weights": weights, "stage": model.stage,
                 "sampling": model.sampling, "step": step, "made": made, **extra}, path)
 
 
-def read_checkpoint(path):
-    """The checkpoint as a dictionary. Raises UserError where it is missing, corrupt, or not one of ours."""
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}")
+def first_bytes(path):
     try:
-        # which replaces no file that is mapped
-        saved = torch.load(path, weights_only=True, map_location="cpu", mmap=os.name != "nt")
-    except Exception as error:
-        raise UserError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0][:100]})") from None
+        with open(path, "rb") as file:
+            return file.read(4096)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from None
+
+
+def is_safetensors(start):                                  # a header in JSON after its length in 8 bytes
+    return start[8:9] == b"{"
+
+
+def not_weights(start):
+    """What a file is that was taken for weights and is not, by its first bytes, with the mend; or None."""
+    if not start:
+        return "is empty, thus truncated: copy or download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer to the weights, not the weights: fetch them with git lfs pull"
+    if start.lstrip()[:1] == b"<":
+        return "is a web page, not weights: log in, accept the licence if there is one, download it again"
+    if b'"weight_map"' in start:
+        return "is the index of weights in several files: join them into one model.safetensors first"
+    if start.isascii() and b" ".join(start.split()).decode().isprintable():
+        return f"is text, not weights: {start[:60].decode()!r}"
+    return None
+
+
+def load_plain(path, own=False):
+    """torch.load of tensors and plain values, never of code. Raises UserError that says what is wrong.
+
+    own: written by `save_whole`; then the check sums are compared, and tensors read when they are used."""
+    start = first_bytes(path)
+    complaint = not_weights(start)
+    if is_safetensors(start):
+        complaint = "is a safetensors file: public weights go through stable_audio_port.py first"
+    if complaint:
+        raise UserError(f"{path} {complaint}")
+    try:
+        if own:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("its content does not fit its check sums")
+        # Windows replaces no file that is mapped
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=own and os.name != "nt")
+    except Exception as error:    # torch.load raises a dozen types for a damaged file
+        reason = reason_of(error)
+        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    if code:
+        raise UserError(f"{path} is a pickle that wants to run code ({code[1]}), not only weights: refused. "
+                        "Save {'state_dict': ...} alone, or unwrap it with the tools that made it")
+    raise UserError(f"{path} is not a readable checkpoint: truncated or damaged ({reason})")
+
+
+def read_checkpoint(path):
+    """The checkpoint as a dictionary. Raises UserError where it is missing, damaged, or not one of ours."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"no checkpoint at {path}: it is a folder; public weights go through "
+                        "stable_audio_port.py first")
+    if not path.is_file():
+        parts = [str(part) for part in path.parent.glob(f"{escape(path.name)}*.part")]
+        raise UserError(f"no checkpoint at {path}"
+                        + f"; not written to the end: {', '.join(parts)}" * bool(parts))
+    saved = load_plain(path, own=True)
     if not isinstance(saved, dict) or not {"config", "weights", "stage"} <= set(saved):
-        raise UserError(f"{path} is not a checkpoint of this project; public weights go through stable_audio_port.py first")
+        raise UserError(f"{path} is not a checkpoint of this project; "
+                        "public weights go through stable_audio_port.py first")
     return saved
 
 
@@ -103,26 +222,67 @@ def load(path, **overrides):
 
     Raises UserError where keys or shapes do not match, naming the first few."""
     saved = read_checkpoint(path)
+    sampling = saved.get("sampling") or {}
     try:
         config = Config.from_dict({**saved["config"], **overrides})
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-    with torch.device("meta"), Unfilled():
-        model = LMDM(config, saved["stage"], saved.get("sampling"))
-    want, have = model.state_dict(), saved["weights"]
+        check_sizes(config)
+        check_sampling(config, saved["stage"], sampling)
+        with torch.device("meta"), Unfilled():
+            model = LMDM(config, saved["stage"], sampling)
+        want = model.state_dict()
+        have = dict(saved["weights"])
+    except (TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: {reason_of(error)}") from None
     wrong = [f"{k} missing" for k in want if k not in have] + [f"{k} unknown" for k in have if k not in want]
-    wrong += [f"{k} is {tuple(have[k].shape)}, not {tuple(want[k].shape)}" for k in want
-              if k in have and have[k].shape != want[k].shape]
+    for name in want:
+        if name in have and not (torch.is_tensor(have[name]) and have[name].is_floating_point()):
+            wrong.append(f"{name} is no tensor of floats")
+        elif name in have and have[name].shape != want[name].shape:
+            wrong.append(f"{name} is {tuple(have[name].shape)}, not {tuple(want[name].shape)}")
     if wrong:
-        raise UserError(f"{path} does not fit its config: {'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
-    model.load_state_dict({k: v.float() for k, v in have.items()}, assign=True)
+        more = " ..." if len(wrong) > 3 else ""
+        raise UserError(f"{path} does not fit its config: {'; '.join(wrong[:3])}{more}")
+    model.load_state_dict({name: value.float() for name, value in have.items()}, assign=True)
     return model.eval()
+
+
+def check_sizes(config):
+    """ValueError where a field of a Config that was read has another type than its default, or is below 1."""
+    for field in fields(Config):
+        value = getattr(config, field.name)
+        numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) is int]
+        if type(value) is not type(field.default) or any(n < 1 for n in numbers):
+            raise ValueError(f"its config says {field.name} = {value!r}")
+
+
+def check_sampling(config, stage, sampling):
+    """ValueError where a checkpoint's stage, or what it recommends for playing, cannot be."""
+    if not isinstance(stage, str) or not isinstance(sampling, dict):
+        raise ValueError(f"its stage is {stage!r}, and it recommends {sampling!r} for playing")
+    kinds = dict(steps=int, cfg=(int, float), sampler=str, prompt=str, words=(list, dict), finetuned=dict)
+    for name in set(kinds) & set(sampling):
+        if not isinstance(sampling[name], kinds[name]):
+            raise ValueError(f"it recommends {name} = {sampling[name]!r} for playing")
+    words = sampling.get("words", {})
+    if isinstance(words, dict) and not set(words.values()) <= set(range(1, config.text_width + 1)):
+        raise ValueError("some of its words have no row of the table")
 
 
 def check_streams(path, stage):
     """UserError where a checkpoint of this stage has not learned to make a block after its context."""
     if stage not in ("finetune", "arc"):
-        raise UserError(f"{path} (stage {stage}) has not learned to stream: finetune it first (finetune.py --init {path})")
+        raise UserError(f"{path} (stage {stage}) has not learned to stream: "
+                        f"finetune it first (finetune.py --init {path})")
+
+
+def regime_of(config):
+    """How a model's context is read, in words."""
+    return "block-causal" if config.causal else "encoder-decoder"
+
+
+def regime_of(config):
+    """How a model's context is read, in words."""
+    return "block-causal" if config.causal else "encoder-decoder"
 
 
 def default_checkpoint():
@@ -132,7 +292,8 @@ def default_checkpoint():
     for path in (Path("out/arc.pt"), Path("out/finetune.pt"), shipped):
         if path.exists():
             return path
-    raise UserError("no checkpoint: out/arc.pt, out/finetune.pt and nano.pt are all missing; name one with --ckpt")
+    raise UserError("no checkpoint: out/arc.pt, out/finetune.pt and nano.pt are all missing; "
+                    "name one with --ckpt")
 
 
 # -------------------------------------------------------------------------------- the machine
@@ -144,10 +305,11 @@ def device_of(name):
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("rotary angles need float64: cpu or cuda")
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # what waits for "the" GPU, or asks for its memory, means this one
+            # what waits for "the" GPU, or asks for its memory, means this one
+            torch.cuda.set_device(device)
         return device
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]})") from None
+        raise UserError(f"--device {name} cannot be used here ({reason_of(error)})") from None
 
 
 def needs_speed(option):
@@ -168,8 +330,7 @@ def playing_precision(model, name):
 
 
 def training_precision(name, device):
-    """"auto", "float32" or "bf16" -> the one to train in, and a function that makes the context manager for
-    it.
+    """"auto", "float32" or "bf16" -> the one to train in, and a function that makes its context manager.
 
     Weights and optimizer stay float32. auto is bf16 where matrix products in it are faster."""
     if name == "bf16" or name == "auto" and speed and speed.has_bf16(device):
@@ -177,8 +338,8 @@ def training_precision(name, device):
     return "float32", contextlib.nullcontext
 
 
-# -------------------------------------------------------------------------------- scripts
-def positive(text):
+# -------------------------------------------------------------------------------- numbers of the command line
+def positive(text):                                         # inf too
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
@@ -189,6 +350,8 @@ def finite(text):
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    if abs(value) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is beyond {LARGEST}")
     return value
 
 
@@ -196,6 +359,67 @@ def whole(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    if value > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is more than {LARGEST}")
+    return value
+
+
+def positive_finite(text):
+    value = finite(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def not_negative(text):
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def whole_or_zero(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    if value > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is more than {LARGEST}")
+    return value
+
+
+def step_count(text):
+    value = whole(text)
+    if value > 10000:                                       # of denoising a block
+        raise argparse.ArgumentTypeError(f"{text} is more than 10000")
+    return value
+
+
+def thread_count(text):
+    value = whole(text)
+    most = 8 * (os.cpu_count() or 1)                        # far more would wait for each other for ever
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{text} is more than {most}, which is 8 for each CPU")
+    return value
+
+
+def positive_finite(text):
+    value = finite(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def not_negative(text):
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def whole_or_zero(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
 
 
@@ -206,25 +430,47 @@ def random_seed(text):
     return value
 
 
+# -------------------------------------------------------------------------------- scripts
 def discard_output():
     """What is still to be written to standard output goes nowhere, so that Python does not complain at
     exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def stop(number, frame):
+    """A signal that ends a script as Ctrl-C does: what was made is saved."""
+    raise KeyboardInterrupt(number)
+
+
 def run(main):
-    """Run a script's main(): a UserError is one line and status 2, a closed pipe is no error, Ctrl-C is
-    130."""
+    """Run a script's main(). A UserError, or the system's (a full disk), is one line and status 2; a closed
+    pipe is no error; Ctrl-C is status 130, SIGTERM 143."""
     # closed: what is said would go to standard output, into the music
     sys.stderr = sys.stderr or open(os.devnull, "w", errors="replace")
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")   # prompts and names that a terminal cannot show
+    taken = [number for number in STOP_SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, stop)
     try:
         main()
         if sys.stdout:
             sys.stdout.flush()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     except BrokenPipeError:                                 # the player quit
         discard_output()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except OSError as error:
+        fail(f"{error.filename}: {reason_of(error)}" if error.filename else reason_of(error))
+    except KeyboardInterrupt as interrupt:
+        sys.exit(128 + (interrupt.args or [signal.SIGINT])[0])
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def fail(reason):
+    """Print the reason in one line and exit with status 2."""
+    print(f"error: {' '.join(str(reason).split())}", file=sys.stderr)
+    sys.exit(2)

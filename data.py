@@ -217,8 +217,9 @@ def as_text(value):
     if value is None:
         return ""
     if isinstance(value, str):
-        # half of a pair of surrogates, as JSON can hold it, is no letter
-        return " ".join(value.encode("utf-8", "ignore").decode().split())
+        # JSON can hold what is no letter: half of a pair of surrogates, control characters
+        value = value.encode("utf-8", "ignore").decode()
+        return " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", value).split())
     if isinstance(value, list):
         return ", ".join(filter(None, map(as_text, value)))
     if isinstance(value, float):    # NaN is how some programs write that there is none

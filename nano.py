@@ -36,8 +36,8 @@ from torchaudio.functional import melscale_fbanks
 
 from audio import read_audio
 from chorales import make_data
-from common import (UserError, finite, load, random_seed, read_checkpoint, run, save, save_whole, speed,
-                    whole, writable)
+from common import (UserError, finite, load, not_negative, positive_finite, random_seed, read_checkpoint,
+                    run, save, save_whole, speed, step_count, thread_count, whole, writable)
 from data import audio_files, split
 from finetune import average_gradients, micro_rows, start_processes
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta
@@ -516,18 +516,18 @@ def main():
     s.add_argument("--steps", type=whole, default=8000)
     s.add_argument("--batch", type=whole, default=4)
     s.add_argument("--crop", type=whole, default=16384, help="samples")
-    s.add_argument("--lr", type=float, default=1e-3)
-    s.add_argument("--clip", type=float, default=1.0, help="gradient norm")
-    s.add_argument("--noise", type=float, default=0.25, help="most noise on latents, without --encoder")
-    s.add_argument("--kl", type=float, default=1e-4,
+    s.add_argument("--lr", type=positive_finite, default=1e-3)
+    s.add_argument("--clip", type=positive_finite, default=1.0, help="gradient norm")
+    s.add_argument("--noise", type=not_negative, default=0.25, help="most noise on latents, without --encoder")
+    s.add_argument("--kl", type=not_negative, default=1e-4,
                    help="weight of the posterior's divergence, with --encoder")
-    s.add_argument("--adversary", type=float, default=0.0, help="weight of an adversarial loss")
-    s.add_argument("--critic-from", type=float, default=0.0,
+    s.add_argument("--adversary", type=not_negative, default=0.0, help="weight of an adversarial loss")
+    s.add_argument("--critic-from", type=not_negative, default=0.0,
                    help="share of the steps after which that begins")
     s.add_argument("--every", type=whole, default=250, help="steps between validation and checkpoint")
     s.add_argument("--seed", type=random_seed, default=0)
     s.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    s.add_argument("--threads", type=whole, default=2)
+    s.add_argument("--threads", type=thread_count, default=2)
     s.set_defaults(run=train_autoencoder)
     s = stages.add_parser("evaluate", help="how well an autoencoder keeps held-out audio")
     s.add_argument("--data", default="data/nano")
@@ -539,9 +539,9 @@ def main():
     s.add_argument("--autoencoder",
                    help="checkpoint to take the decoder from, where it was trained on after the DiT")
     s.add_argument("--arc", help="ARC-forced checkpoint that --ckpt was trained to, to go part of the way to")
-    s.add_argument("--share", type=float, default=0.2, help="of that way")
+    s.add_argument("--share", type=finite, default=0.2, help="of that way")
     s.add_argument("--out", default="nano.pt")
-    s.add_argument("--steps", type=whole, default=4)
+    s.add_argument("--steps", type=step_count, default=4)
     s.add_argument("--cfg", type=finite, default=1.0)
     s.add_argument("--sampler", choices=SAMPLERS, default="dpmpp")
     s.add_argument("--int8", action="store_true",

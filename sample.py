@@ -20,11 +20,11 @@ import torch
 from tqdm import tqdm
 
 from audio import decode_stream, decoder_margin, encode_file, open_output, pcm
+from common import (PRECISIONS, UserError, default_checkpoint, device_of, discard_output, finite, keep_inputs,
+                    load, needs_speed, playing_precision, positive, random_seed, reason_of, regime_of, run,
+                    speed, step_count, thread_count)
 from controls import beat_of
-from common import (PRECISIONS, UserError, default_checkpoint, device_of, discard_output, finite, load,
-                    needs_speed, playing_precision, positive, random_seed, run, speed, whole)
-from model import (NO_BLOCKS, Cond, Numbered, add_noise, alpha_sigma, denoise, forget_t5,
-                   schedule, words_of)
+from model import NO_BLOCKS, Cond, Numbered, add_noise, alpha_sigma, denoise, forget_t5, schedule, words_of
 
 SAMPLERS = "euler", "dpmpp", "pingpong"
 DEFAULTS = {                                                # by the stage recorded in the checkpoint
@@ -277,8 +277,9 @@ def make_cond(model, prompt, prompt_file, numbers):
     if prompt_file is None:
         asked = model.sampling.get("prompt", "") if prompt is None else prompt
         prompt = known_words(model, asked)
-        if asked and not prompt:
-            words = ", ".join(list(model.sampling["words"])[:20])
+        reads_words = model.conditioner.text_encoder.trains
+        if asked.strip() and (not prompt or reads_words and not words_of(prompt)):
+            words = ", ".join(list(model.sampling.get("words", []))[:20]) or "words and numbers"
             raise UserError(f"no word of the prompt {asked!r} is known to this model; it knows {words}")
         return model.conditioner([prompt], **numbers), prompt
     from stable_audio_port import load_prompts
@@ -326,7 +327,8 @@ def parse(argv=None):
                                 allow_abbrev=False)
     p.add_argument("--ckpt", help="checkpoint (default: out/arc.pt, else out/finetune.pt, else nano.pt)")
     p.add_argument("--prompt", help="what to play (default: the checkpoint's own example)")
-    p.add_argument("--prompt-file", help="embeddings written by stable_audio_port.py --prompts; the first, or the one --prompt names")
+    p.add_argument("--prompt-file", help="embeddings written by stable_audio_port.py --prompts; "
+                   "the first, or the one --prompt names")
     p.add_argument("--seconds", type=positive,
                    help="length (default: 30, or a whole clip if that is shorter; with --live inf); "
                    "inf plays until stopped")
@@ -337,7 +339,7 @@ def parse(argv=None):
     p.add_argument("--out", help=".wav or .flac instead of standard output")
     # sampling
     p.add_argument("--seed", type=random_seed, default=0)
-    p.add_argument("--steps", type=whole, help="denoising steps per block (default: the checkpoint's)")
+    p.add_argument("--steps", type=step_count, help="denoising steps per block (default: the checkpoint's)")
     p.add_argument("--cfg", type=finite, help="guidance, 1 for none (default: the checkpoint's)")
     p.add_argument("--sampler", choices=SAMPLERS, help="(default: the checkpoint's)")
     p.add_argument("--no-cache", action="store_true",
@@ -347,7 +349,7 @@ def parse(argv=None):
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=PRECISIONS, default="auto",
                    help="auto: int8 where CPU and checkpoint suit it, else bf16 where it is faster")
-    p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+    p.add_argument("--threads", type=thread_count, help="CPU threads (default: PyTorch's choice)")
     p.add_argument("--compile", action="store_true",
                    help="compile part of the decoder, 20 s more before the first block, then "
                    "faster; on a GPU also the transformer, a minute")
@@ -375,14 +377,14 @@ def check(model, args):
     if model.stage == "autoencoder":
         raise UserError("this checkpoint holds only an autoencoder yet: finetune.py --init trains the rest")
     if args.live and (base or args.no_cache and model.config.causal):
-        raise UserError("--live needs a model that streams, and block-causal its cache, which remembers what was made "
-                        "under which prompt")
+        raise UserError("--live needs a model that streams, and block-causal its cache, which remembers what "
+                        "was made under which prompt")
     if args.live and (os.name == "nt" or sys.stdin is None):
-        raise UserError("--live reads standard input, without waiting; it is closed, or this is Windows, where that "
-                        "cannot be done")
+        raise UserError("--live reads standard input without waiting, but it is closed, or this is Windows, "
+                        "where that cannot be done")
     if base and args.seconds > longest_clip(model.config):
-        raise UserError(f"this checkpoint makes one clip of at most {longest_clip(model.config):.1f} s; to stream, "
-                        "finetune it first (finetune.py --init)")
+        raise UserError(f"this checkpoint makes one clip of at most {longest_clip(model.config):.1f} s; to "
+                        "stream, finetune it first (finetune.py --init)")
     if args.compile:
         needs_speed("--compile")
 
@@ -405,7 +407,8 @@ def stream_pieces(model, args, samples, together):
     c = model.config
     settings = sampling_settings(model, args.steps, args.sampler, args.cfg)
     cond, prompt = make_cond(model, args.prompt, args.prompt_file, c.stream_numbers)
-    plan = f"{prompt!r}: blocks of {c.block / c.frame_rate:.2f} s seeing {c.context / c.frame_rate:.2f} s, {in_words(settings)}"
+    plan = (f"{prompt!r}: blocks of {c.block / c.frame_rate:.2f} s seeing {c.context / c.frame_rate:.2f} s, "
+            f"{in_words(settings)}")
     prime = None
     if args.prime is not None:
         prime = encode_file(model, args.prime, c.reach_blocks * c.block)[None].to(args.device)
@@ -451,7 +454,9 @@ def without_first(pieces, samples):
 def set_up(args):
     """The model of the arguments, ready to play, and whether blocks are made while others are decoded."""
     device = device_of(args.device)
-    path = args.ckpt or default_checkpoint()
+    path = default_checkpoint() if args.ckpt is None else args.ckpt
+    if args.out:
+        keep_inputs(args.out, {"--ckpt": path, "--prime": args.prime, "--prompt-file": args.prompt_file})
     threads = args.threads or torch.get_num_threads()
     model = load(path).to(device)
     args.seconds = args.seconds or default_seconds(model, args.live)
@@ -461,10 +466,11 @@ def set_up(args):
     if device.type == "cpu":
         torch.set_num_threads((threads + 1) // 2 if together else threads)
     precision = playing_precision(model, args.precision)
-    regime = "block-causal" if model.config.causal else "encoder-decoder"
-    say(f"{path}: {model.stage}, {regime}, DiT {parameters / 1e6:.1f} M, {args.device}, {threads} threads, {precision}")
+    say(f"{path}: {model.stage}, {regime_of(model.config)}, DiT {parameters / 1e6:.1f} M, {args.device}, "
+        f"{threads} threads, {precision}")
     if args.compile:
-        say(f"compiling: the first audio takes {'20 to 30 s' if device.type == 'cpu' else 'about a minute'} longer")
+        longer = "20 to 30 s" if device.type == "cpu" else "about a minute"
+        say(f"compiling: the first audio takes {longer} longer")
         speed.compile_layers(model)
     return model, together
 
@@ -482,7 +488,8 @@ def main():
         speed.keep_memory()
     model, together = set_up(args)
     c = model.config
-    samples = None if math.isinf(args.seconds) else round(args.seconds * c.sample_rate)
+    length = args.seconds * c.sample_rate
+    samples = None if math.isinf(length) else round(length)
     if model.stage == "base":
         pieces, plan = clip_pieces(model, args)
     else:
@@ -522,9 +529,10 @@ def main():
     except (OSError, soundfile.LibsndfileError) as error:
         if not args.out:
             discard_output()
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot go on writing {target} after {written / c.sample_rate:.1f} s: {reason}") from None
-    seconds, took = written / c.sample_rate, time.time() - started
+        raise UserError(f"cannot go on writing {target} after {written / c.sample_rate:.1f} s: "
+                        f"{reason_of(error, args.out)}") from None
+    seconds = written / c.sample_rate
+    took = time.time() - started
     then = (written - first_samples) / c.sample_rate / max(1e-9, took - first_seconds)
     say(f"{seconds:.1f} s of music in {took:.1f} s, {seconds / took:.1f}x real time; first audio after "
         f"{first_seconds:.1f} s, then {then:.1f}x; "

@@ -451,6 +451,9 @@ def test_losses_by_hand():
     for differs in (0.0, 1.0):
         loss = arc_forcing.contrastive_loss(real, wrong, weights, torch.tensor([differs]))
         assert loss.item() == pytest.approx(differs * (0.25 * softplus(1) + 0.75 * softplus(-4)))
+    x0, target = torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]]), torch.tensor([[[1.5, 1.0]], [[0.0, 3.0]]])
+    loss = arc_forcing.distill_loss(x0, target, torch.tensor(0.5))
+    assert loss.tolist() == pytest.approx([(0.25 + 1) / 2 / 0.25, 4.5 / 0.25])
 
 
 def test_save_and_load(tmp_path):
@@ -746,7 +749,7 @@ def test_what_is_given_of_a_block_stays(sampler):
 
 
 # -------------------------------------------------------------------------------- common.py: checkpoints
-def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path):
+def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path, monkeypatch):
     """As on a full disk: files may not grow beyond 10 kB here."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -762,11 +765,140 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path):
     before = (tmp_path / "a.pt").read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (10000, limits[1]))
     try:
-        with pytest.raises(UserError, match="cannot write .*a.pt"):
+        with pytest.raises(UserError, match="cannot write .*a.pt: File too large"):
             common.save(tiny(seed=1), tmp_path / "a.pt")
+        # numpy gives no reason; the free space does
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+        with pytest.raises(UserError, match="cannot write .*new.npy: No space left on device"):
+            common.write_whole(tmp_path / "new.npy", lambda file: np.save(file, np.zeros(9999)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [f.name for f in tmp_path.iterdir()] == ["a.pt"] and (tmp_path / "a.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_checkpoint_is_written_to_its_end(number, tmp_path, monkeypatch, call):
+    """A signal in the midst of it, or two, takes effect afterwards; the script's status tells which."""
+    model, real = tiny(seed=1), torch.save
+    common.save(tiny(), tmp_path / "a.pt")
+
+    def interrupted(content, file):
+        os.kill(os.getpid(), number)
+        real(content, file)
+        os.kill(os.getpid(), number)
+    monkeypatch.setattr(torch, "save", interrupted)
+
+    def main():
+        common.save(model, tmp_path / "a.pt")
+        pytest.fail("the signal was lost")
+    assert call(main)[0] == 128 + number
+    monkeypatch.undo()
+    assert [f.name for f in tmp_path.iterdir()] == ["a.pt"]
+    assert torch.equal(common.load(tmp_path / "a.pt").dit.project_in.weight, model.dit.project_in.weight)
+    with pytest.raises(KeyboardInterrupt):                  # as before
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_only_files_are_replaced(tmp_path):
+    """A link stays a link to a new content, a device stays a device."""
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "a.pt").symlink_to(tmp_path / "large disk" / "b.pt")
+    for seed in 0, 1:
+        common.save(tiny(seed), tmp_path / "a.pt")
+        assert torch.equal(common.load(tmp_path / "large disk" / "b.pt").dit.project_in.weight,
+                           tiny(seed).dit.project_in.weight)
+    assert (tmp_path / "a.pt").is_symlink()
+    with pytest.raises(UserError, match="a device"):
+        common.writable(os.devnull)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+NOT_WEIGHTS = [(b"", "is empty"), (LFS, "git lfs pull"),
+               (b"<!DOCTYPE html><title>Log in</title>", "web page"),
+               (b"\n <?xml version='1.0'?><Error>AccessDenied</Error>", "web page"),
+               (b"Entry not found", "is text, not weights: 'Entry not found'"),
+               (b'{"metadata": {"total_size": 1}, "weight_map": {"a": "model-00001.safetensors"}}', "index")]
+
+
+@pytest.mark.parametrize("content, message", NOT_WEIGHTS)
+def test_files_that_are_no_weights(content, message, tmp_path):
+    folder = write_public(tmp_path / "public", public_small())
+    for name in "a.pt", "public/model.ckpt", "public/model.safetensors":
+        (tmp_path / name).write_bytes(content)
+    for read in (lambda: common.load(tmp_path / "a.pt"), lambda: load_stable_audio(folder / "model.ckpt"),
+                 lambda: load_stable_audio(folder), lambda: port.load_prompts(tmp_path / "a.pt")):
+        with pytest.raises(UserError, match=re.escape(message)):
+            read()
+
+
+def test_checkpoints_that_are_something_else(tmp_path, tiny_file):
+    """The reason is told, not "not readable", for what can be read."""
+    saved = torch.load(tiny_file, weights_only=True)
+    name = "dit.project_in.weight"
+
+    def refused(content, message):
+        if content is not None:
+            torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(UserError, match=message) as error:
+            common.load(tmp_path / "a.pt")
+        assert "not a readable" not in str(error.value)
+    refused(saved["weights"], "not a checkpoint of this project")
+    refused({**saved, "weights": {**saved["weights"], "bn.num_batches_tracked": torch.tensor(3)}},
+            "num_batches_tracked unknown")
+    for wrong in saved["weights"][name].int(), 3:
+        refused({**saved, "weights": {**saved["weights"], name: wrong}}, f"{name} is no tensor of floats")
+    refused({**saved, "weights": [1, 2]}, "a.pt: ")
+    refused({**saved, "config": "large"}, "a.pt: ")
+    for field, value in dict(block=0, width="64", causal=None, heads=2.0, ae_strides=(0, 4, 4)).items():
+        refused({**saved, "config": {**saved["config"], field: value}}, "a.pt: ")
+    for recommended in (dict(steps="8"), dict(cfg=None), dict(sampler=3), dict(words="a b"), dict(words=[1]),
+                        dict(words={"a": 65}), dict(words={"a": [1]}), "fast"):
+        refused({**saved, "sampling": recommended}, "a.pt: ")
+    refused({**saved, "callback": Code()}, "wants to run code")
+    (tmp_path / "a.pt").write_bytes((GOLDEN / "sao_small_tiny" / "model.safetensors").read_bytes())
+    refused(None, "safetensors file")
+    damaged = bytearray(tiny_file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1                         # within a weight: torch.load does not notice
+    (tmp_path / "a.pt").write_bytes(damaged)
+    with pytest.raises(UserError, match="check sums"):
+        common.load(tmp_path / "a.pt")
+    (tmp_path / "a.pt").rename(tmp_path / "a.pt.123.part")
+    refused(None, "no checkpoint at .*a.pt; not written to the end: .*a.pt.123.part")
+    with pytest.raises(UserError, match="is a folder"):
+        common.load(tmp_path)
+
+
+def test_what_cannot_be_printed_or_written(tmp_path):
+    """A terminal that knows only ASCII gets escapes, a full standard output is told."""
+    line = "import common; common.run(lambda: print('caf\\u00e9 \\U0001f3b5 \\udcff', flush={}))"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", line.format(True)], cwd=HERE, env=env, capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "caf\\xe9 \\U0001f3b5 \\udcff\n")
+    for flush in True, False:
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-c", line.format(flush)], cwd=HERE, env=env,
+                                  stdout=full, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
+def test_numbers_of_the_command_line():
+    kinds = dict(positive=["inf", "1e-3", "1e300"], finite=["-1", "0", "1e9"],
+                 whole=["1", "1_000", "1000000000"], positive_finite=["1e-9"],
+                 not_negative=["0", "3.5"], whole_or_zero=["0", "7"],
+                 step_count=["1", "10000"], thread_count=["1"], random_seed=["0", str(2 ** 64 - 1)])
+    bad = dict(positive=["nan", "0", "-inf", "-1"], finite=["nan", "inf", "1e300"],
+               whole=["0", "-1", "nan", "1e3", str(10 ** 30)],
+               positive_finite=["0", "nan", "inf", "-1"], not_negative=["-1e-9", "nan", "inf"],
+               whole_or_zero=["-1", "0.5", str(10 ** 30)], step_count=["0", "10001"],
+               thread_count=["0", "1000000"], random_seed=["-1", str(2 ** 64), "nan"])
+    for name, texts in kinds.items():
+        for text in texts:
+            getattr(common, name)(text)
+        for text in bad[name]:
+            with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+                getattr(common, name)(text)
 
 
 def test_loading_fills_no_weights_first(tiny_file):
@@ -1533,6 +1665,7 @@ def test_bad_files_are_named_and_skipped(encoder, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("buy strings")
     (tmp_path / "text.wav").write_text("not audio at all")
     (tmp_path / "noise.mp3").write_bytes(np.random.default_rng(0).bytes(9000))
+    (tmp_path / "noise.au").write_bytes(bytes(9000))
     soundfile.write(tmp_path / "nan.wav", np.full((44100, 2), np.nan), 44100, subtype="FLOAT")
     soundfile.write(tmp_path / "cut.flac", notes(3), 44100)
     whole = (tmp_path / "cut.flac").read_bytes()
@@ -1545,14 +1678,15 @@ def test_bad_files_are_named_and_skipped(encoder, tmp_path, capsys):
     save_wav(tmp_path / ".hidden/a.wav")
     d = data.prepare(tmp_path, encoder, tmp_path / "latents")
     bad = dict(d.skipped)
-    assert set(bad) == {"blip.wav", "empty.flac", "notes.txt", "text.wav", "noise.mp3", "nan.wav", "cut.flac",
-                        "hole.ogg", "dead.wav"}
-    assert "0.20 s" in bad["blip.wav"] and "damaged" in bad["hole.ogg"] and "damaged" in bad["noise.mp3"]
+    assert set(bad) == {"blip.wav", "empty.flac", "notes.txt", "text.wav", "noise.mp3", "noise.au", "nan.wav",
+                        "cut.flac", "hole.ogg", "dead.wav"}
+    assert "0.20 s" in bad["blip.wav"]
+    assert all("damaged" in bad[name] for name in ("hole.ogg", "noise.mp3", "noise.au"))
     assert "empty" in bad["empty.flac"] and "not numbers" in bad["nan.wav"]
     assert [t.name for t in d.tracks] == ["good too.wav", "good.wav"]
     told = capsys.readouterr().err
     assert all(f"{name}: {reason}" in told for name, reason in d.skipped)
-    assert "2 tracks" in told and "9 files skipped" in told
+    assert "2 tracks" in told and "10 files skipped" in told
     # nor are the latents in the folder strays
     d = data.prepare(tmp_path, encoder, tmp_path / "latents", quiet=True)
     assert dict(d.skipped) == bad and capsys.readouterr().err == ""
@@ -1818,7 +1952,7 @@ def test_values_of_metadata(tmp_path):
         return data.read_metadata(tmp_path)["a.wav"]
     for value, text in ((["jazz", "piano", 120], "jazz, piano, 120"), (120, "120"), (92.5, "92.5"),
                         (120.0, "120"), (None, ""), (["jazz", None, "", ["slow"]], "jazz, slow"),
-                        (" a\n b\t", "a b"), ("\ud83d piano", "piano"), (math.nan, ""),
+                        (" a\n b\t", "a b"), ("\ud83d piano\0", "piano"), (math.nan, ""),
                         (10 ** 400, f"1{400 * '0'}")):
         assert prompt(value) == text
     for value in {"genre": "jazz"}, True:
@@ -2144,7 +2278,8 @@ def test_priming_continues_the_recording(tiny_file, tmp_path, music, call):
                                  dtype="int16")[0].astype(int) - audio_io.pcm(whole)[:8820]).max() <= 1
 
 
-def test_closed_pipe_and_interrupt(tiny_file, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_closed_pipe_and_interrupt(stop, tiny_file, tmp_path):
     line = f"{shlex.quote(sys.executable)} {HERE}/sample.py --ckpt {tiny_file} --seconds inf | head -c 1000 | wc -c"
     done = subprocess.run(line, shell=True, capture_output=True, timeout=60)
     assert done.stdout.strip() == b"1000" and b"Traceback" not in done.stderr and b"rror" not in done.stderr
@@ -2154,12 +2289,12 @@ def test_closed_pipe_and_interrupt(tiny_file, tmp_path):
                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell may ignore it
         while os.path.getsize(tmp_path / "a.wav") < 50000:
             time.sleep(0.05)
-        player.send_signal(signal.SIGINT)
+        player.send_signal(stop)
         try:
             err = player.communicate(timeout=30)[1]
         finally:
             player.kill()
-    assert player.returncode == 130 and b"Traceback" not in err
+    assert player.returncode == 128 + stop and b"Traceback" not in err
     made = (tmp_path / "a.wav").read_bytes()
     assert made[:6] == b"before" and soundfile.info(io.BytesIO(made[6:])).frames == (len(made) - 50) // 4
 
@@ -2189,6 +2324,18 @@ BAD = [(sample.main, ["--ckpt", "{tmp}/none.pt"], "no checkpoint at"),
                                     ["--ckpt", "{tiny}", "--device", "hpu", "--out", "{tmp}/a.wav"], "hpu"),
        (sample.main, ["--ckpt", "{tiny}", "--prime", "", "--out", "{tmp}/a.wav"], "no such file"),
        (sample.main, ["--ckpt", "{tiny}", "--cfg", "nan", "--out", "{tmp}/a.wav"], "no finite number"),
+       (sample.main, ["--ckpt", "{tiny}", "--cfg", "1e300", "--out", "{tmp}/a.wav"], "beyond"),
+       (sample.main, ["--ckpt", "{tiny}", "--threads", "1000000", "--out", "{tmp}/a.wav"], "8 for each CPU"),
+       (sample.main, ["--ckpt", "{tiny}", "--steps", "1" + "0" * 30, "--out", "{tmp}/a.wav"], "more than"),
+       (sample.main, ["--ckpt", "", "--out", "{tmp}/a.wav"], "no checkpoint at"),
+       (sample.main, ["--ckpt", "{tiny}", "--prompt", "\U0001f3b5 \udcff", "--out", "{tmp}/a.wav"],
+        "no word of"),
+       (nano.main, ["autoencoder", "--lr", "nan"], "no finite number"),
+       (nano.main, ["autoencoder", "--clip", "0"], "not positive"),
+       (nano.main, ["autoencoder", "--noise", "-1"], "is negative"),
+       (nano.main, ["autoencoder", "--adversary", "inf"], "no finite number"),
+       (nano.main, ["pack", "--share", "nan"], "no finite number"),
+       (measure.main, ["--data", "x", "--threads", "1000000"], "8 for each CPU"),
        (finetune.main, ["--init", "{tiny}"], "--data is missing"),
        (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/nowhere"], "no such folder"),
        (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/empty"], "no readable audio"),
@@ -2197,10 +2344,10 @@ BAD = [(sample.main, ["--ckpt", "{tmp}/none.pt"], "no checkpoint at"),
         "does not divide"), (finetune.main, ["--resume", "--out", "{tiny}"], "no training to resume"),
        (finetune.main, ["--resume", "--out", "{tmp}/arc.pt"], "no finetuning to resume"),
        (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--block", "7"], "was begun with block"),
-       (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--preset", "sao_small"],
-        "was begun with preset nano"), (finetune.main,
-                                        ["--resume", "--out", "{tmp}/begun.pt", "--init", "{tiny}"],
-                                        "was begun with init none"),
+       (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--no-causal"], "was begun with causal True"),
+       (finetune.main, ["--resume", "--out", "{tmp}/begun.pt", "--init", "{tiny}"],
+        "was begun with init none"),
+       (finetune.main, ["--init", "none", "--data", "{tmp}/text"], "autoencoder would be random"),
        (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text"], "is a folder"),
        (finetune.main, ["--init", "{tiny}", "--data", "{tmp}/text", "--out", "{tmp}/text/song.wav/ft.pt"],
         "no folder that can be written in"), (arc_forcing.main,
@@ -2271,9 +2418,65 @@ def test_output_that_ends(tiny_file, tmp_path, call, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 2 and "cannot go on writing a.wav" in err.splitlines()[-1], err
+    made = (tmp_path / "a.wav").read_bytes()                # ... and what there is of it is a valid file
+    assert len(made) == 4096 and made[40:44] == (4096 - 44).to_bytes(4, "little")
+    status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2, "--out", "no/a.flac")
+    assert status == 2 and "No such file or directory" in err.splitlines()[-1], err
     monkeypatch.setattr(sys, "stdout", None)
     status, err = call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2)
     assert status == 2 and "standard output is closed" in err.splitlines()[-1], err
+
+
+def test_ctrl_c_twice_leaves_a_valid_file(tmp_path):
+    """The second one, while the header is corrected, waits."""
+    with open(tmp_path / "a.wav", "wb") as file:
+        writer = audio_io.WavWriter(file, 44100, 2)
+        writer.write(np.ones((10, 2), np.int16))
+        real = writer.header
+
+        def interrupted(samples):
+            os.kill(os.getpid(), signal.SIGINT)
+            real(samples)
+        writer.header = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            writer.close()
+    assert soundfile.info(tmp_path / "a.wav").frames == 10
+
+
+def test_what_is_read_is_not_written_over(tiny_file, music, tmp_path, call):
+    """--out may be no other name of the recording, the checkpoint or the prompts."""
+    shutil.copy(music / "tone 0.wav", tmp_path / "x.wav")
+    shutil.copy(tiny_file, tmp_path / "model.pt")
+    torch.save({"prompts": ["a"], "embeddings": torch.randn(1, 6, 16)}, tmp_path / "prompts.pt")
+    (tmp_path / "link.wav").symlink_to("x.wav")
+    os.link(tmp_path / "x.wav", tmp_path / "hard.wav")
+    (tmp_path / "model.wav").symlink_to("model.pt")
+    (tmp_path / "prompts.flac").symlink_to("prompts.pt")
+    (tmp_path / "sub").mkdir()
+    before = {f: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+    play = "--ckpt", "model.pt", "--seconds", 0.1, "--prime", "x.wav", "--prompt-file", "prompts.pt", "--out"
+    for out in ("x.wav", "./x.wav", "sub/../x.wav", tmp_path / "x.wav", "link.wav", "hard.wav", "model.wav",
+                "prompts.flac"):
+        status, err = call(sample.main, *play, out)
+        assert status == 2 and "which is read" in err.splitlines()[-1], err
+    assert all(f.read_bytes() == content for f, content in before.items())
+    assert call(sample.main, *play, "new.wav")[0] == 0
+
+
+def test_seconds_beyond_all_measure(tiny_file, tmp_path, call, monkeypatch):
+    """... are as good as inf. It is stopped, as by Ctrl-C, after some pieces."""
+    real, pieces = audio_io.WavWriter.write, []
+
+    def write(self, samples):
+        real(self, samples)
+        pieces.append(len(samples))
+        if len(pieces) == 3:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(audio_io.WavWriter, "write", write)
+    for seconds in "inf", "1e308", "1e200":
+        pieces.clear()
+        assert call(sample.main, "--ckpt", tiny_file, "--seconds", seconds, "--out", "a.wav")[0] == 130
+        assert soundfile.info(tmp_path / "a.wav").frames == sum(pieces)
 
 
 def test_one_recording_for_several_prompts():
@@ -2309,6 +2512,16 @@ def test_batches_are_drawn_by_step(tmp_path):
         assert torch.equal(whole[i], again[i]) and torch.equal(whole[i][2:], part[i]) and not torch.equal(whole[i], other[i])
     t = whole[3].double()
     assert torch.allclose(shifted[3].double(), t / (t + math.exp(-1.5) * (1 - t)), atol=1e-5)
+
+
+def test_encoder_decoder_learns_one_block_of_a_crop():
+    """With more, a noisy block would see itself clean, by way of the clean blocks before it."""
+    model, latents = tiny(causal=False), torch.randn(2, 8, 30)
+    prompt = model.dit.encode_prompt(condition(model))
+    with pytest.raises(ValueError, match="learns one block"):
+        finetune.block_losses(model, prompt, latents, torch.randn(2, 8, 12), torch.rand(2, 2))
+    losses = finetune.block_losses(model, prompt, latents, torch.randn(2, 8, 6), torch.rand(2, 1))
+    assert losses.shape == (2, 1)
 
 
 def killed_after(step, log, name, *args, cwd):
@@ -2366,6 +2579,209 @@ def test_accumulation_checkpointing_and_processes_change_nothing(tiny_file, musi
         assert max((m - n).abs().max() for m, n in zip(plain, other)) < 1e-6
 
 
+NONSENSE = [(finetune.main, "--lr nan"), (finetune.main, "--lr 0"), (finetune.main, "--lr -1"),
+            (finetune.main, "--lr-end inf"), (finetune.main, "--warmup -1"), (finetune.main, "--clip nan"),
+            (finetune.main, "--clip -1"), (finetune.main, "--shift nan"), (finetune.main, "--shift -1000"),
+            (finetune.main, "--shift 800"), (finetune.main, "--sample-every -5"),
+            (finetune.main, "--sample-seconds inf"), (finetune.main, "--sample-seconds -1"),
+            (arc_forcing.main, "--lr nan"), (arc_forcing.main, "--d-lr -1"), (arc_forcing.main, "--clip inf"),
+            (arc_forcing.main, "--warmup-lr nan"), (arc_forcing.main, "--d-warmup -1"),
+            (arc_forcing.main, "--g-warmup -1"), (arc_forcing.main, "--on-policy -1"),
+            (arc_forcing.main, "--on-policy 5"), (arc_forcing.main, "--teacher-steps 4"),
+            (arc_forcing.main, "--sample-every -1")]
+
+
+@pytest.mark.parametrize("main, option", NONSENSE)
+def test_numbers_that_make_no_sense(main, option, tiny_file, music, call, monkeypatch):
+    """Told in one line before anything long begins."""
+    monkeypatch.setattr(data, "prepare", lambda *args, **kw: pytest.fail("encoding began"))
+    status, err = call(main, "--init", tiny_file, "--data", music, *option.split())
+    assert status == 2 and option.split()[0] in err.splitlines()[-1] and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("environment", ["RANK=0", "WORLD_SIZE=2", "RANK=0 WORLD_SIZE=2 LOCAL_RANK=0",
+                                         "RANK=x WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=2 MASTER_PORT=1",
+                                         "RANK=7 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=2 MASTER_PORT=1"])
+def test_half_an_environment_of_several_processes(environment, tiny_file, music, call, monkeypatch):
+    """A cluster may leave some of torchrun's variables: no traceback, and no two trainings on one file."""
+    for setting in environment.split():
+        monkeypatch.setenv(*setting.split("="))
+    status, err = call(finetune.main, "--init", tiny_file, "--data", music, *TRAIN, "--steps", 1)
+    assert status == 2 and "torchrun" in err and "Traceback" not in err, err
+
+
+def test_a_missing_text_encoder_is_told_before_hours_of_encoding(music, tmp_path, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(data, "prepare", lambda *args, **kw: pytest.fail("encoding began"))
+    common.save(tiny(text="t5", text_width=16), tmp_path / "t5.pt")
+    for main in finetune.main, arc_forcing.main:
+        status, err = call(main, "--init", "t5.pt", "--data", music)
+        assert status == 2 and "pip install transformers" in err, err
+
+
+def test_clip_zero_is_no_clipping(tiny_file, music, tmp_path, call):
+    """... and not a gradient of zero, with which nothing is learned. Adam's first moment shows its size."""
+    moments = []
+    for clip in 0, 1e9, 1e-6:
+        args = ["--init", tiny_file, "--data", music, *TRAIN, "--steps", 1, "--clip", clip]
+        assert (done := call(finetune.main, *args, "--out", f"{clip}.pt"))[0] == 0, done
+        state = torch.load(tmp_path / f"{clip}.pt", weights_only=True)["optimizer"]["state"]
+        moments.append(torch.cat([s["exp_avg"].flatten() for s in state.values()]))
+    assert moments[0].any() and torch.equal(moments[0], moments[1]) and moments[2].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["finetune", "arc_forcing"])
+def test_a_new_run_keeps_the_earlier_one(name, tiny_file, music, tmp_path, call):
+    """--resume forgotten: checkpoint and log of hours get another name, and another one the next time."""
+    args = ["--init", tiny_file, "--data", music, "--steps", 1, "--batch", 2, "--every", 1, "--threads", 1]
+    args += {"finetune": ["--validation-crops", 2, "--blocks", 1],
+             "arc_forcing": ["--d-warmup", 0, "--rollout", 1]}[name]
+    main = importlib.import_module(name).main
+    out, log = tmp_path / "o" / "run.pt", tmp_path / "o" / "run.csv"
+    kept = []
+    for mark in "", ".before", ".before2":
+        status, err = call(main, *args, "--out", "o/run.pt", "--seed", len(kept))
+        assert status == 0 and (f"o/run{mark}.pt" in err) and ("--resume" in err) == bool(mark), err
+        kept.append((out.read_bytes(), log.read_text()))
+    assert len({content for content, _ in kept}) == 3
+    for (content, rows), mark in zip(kept, (".before", ".before2", "")):
+        assert (tmp_path / "o" / f"run{mark}.pt").read_bytes() == content
+        assert (tmp_path / "o" / f"run{mark}.csv").read_text() == rows
+    assert sorted(p.suffix for p in (tmp_path / "o").iterdir()) == [".csv"] * 3 + [".pt"] * 3
+
+
+def test_each_checkpoint_has_its_own_log_and_samples(tiny_file, music, tmp_path, call):
+    """What follows the last dot of a name without .pt is part of the name, not an ending."""
+    for out in "lr0.1", "lr0.5", "v1.final", "v1.pt":
+        done = call(finetune.main, "--init", tiny_file, "--data", music, *TRAIN, "--steps", 1,
+                    "--sample-every", 1, "--sample-seconds", 0.01, "--out", f"o/{out}")
+        assert done[0] == 0 and "-> o/" in done[1], done
+    names = {"lr0.1", "lr0.5", "v1.final", "v1"}
+    assert {p.name for p in (tmp_path / "o").glob("*.csv")} == {f"{name}.csv" for name in names}
+    assert {p.name for p in (tmp_path / "o" / "samples").iterdir()} == {f"{name}_1.wav" for name in names}
+
+
+def test_data_that_has_changed_is_named(tiny_file, music, tmp_path, call):
+    """--resume goes on, but names a track that was added, removed, cut short, or has another caption."""
+    shutil.copytree(music, tmp_path / "music")
+    args = ["--init", tiny_file, "--data", "music", *TRAIN]
+    assert call(finetune.main, *args, "--steps", 1)[0] == 0
+    status, err = call(finetune.main, "--resume", "--steps", 2)
+    assert status == 0 and "is not what it was" not in err, err
+    (tmp_path / "music" / "tone 0.wav").unlink()
+    (tmp_path / "music" / "tone 1.txt").write_text("quiet")
+    save_wav(tmp_path / "music" / "tone 2.wav", 0.5)
+    save_wav(tmp_path / "music" / "new.wav", 0.8)
+    status, err = call(finetune.main, "--resume", "--steps", 3)
+    line, = (line for line in err.splitlines() if "is not what it was" in line)
+    assert status == 0 and "1 added (new.wav); 1 removed (tone 0.wav);" in line
+    assert "tone 1.wav" in line and "tone 2.wav" in line and line.count(".wav") == 4
+    status, err = call(finetune.main, "--resume", "--steps", 4)
+    assert status == 0 and "is not what it was" not in err, err
+    save_wav(tmp_path / "music" / "new.wav", 0.8, seed=1)   # of the same length, but a quarter as loud
+    audio, rate = soundfile.read(tmp_path / "music" / "new.wav")
+    soundfile.write(tmp_path / "music" / "new.wav", audio / 4, rate)
+    assert "1 changed (new.wav)" in call(finetune.main, "--resume", "--steps", 5)[1]
+
+
+DAMAGED_LOGS = {
+    # the text, the steps whose rows can be read, how many lines cannot
+    "semicolons": ("\ufeffstep;loss;validation;lr;seconds\r\n0;;3,25;;\r\n1;2,5;3,125;0,001;0,5\r\n",
+                   [0, 1], 0),
+    "reordered": ("note,seconds,step,validation\nmine,,0,3.25\n,0.5,1,3.125\n", [0, 1], 0),
+    "floats": ("step,loss,validation,lr,seconds\n0.0,,3.25,,\n1.0,2.5,3.125,0.001,0.5\n", [0, 1], 0),
+    "zeros": ("step,loss,validation,lr,seconds\n0,,3.25,,\n\0\0\0\0\0", [0], 1),
+    "cut": ("step,loss,validation,lr,seconds\n0,,3.25,,\nthere was a row", [0], 1),
+    "dates": ("step,loss,validation,lr,seconds\n0,,3. Mrz 25,,\n1,2.5,3.125,0.001,0.5\n", [1], 1),
+    "another table": ("name,price\na,1\nb,2\n", [], 2),
+    "empty": ("", [], 0)}
+
+
+def test_a_damaged_log_does_not_keep_a_training_from_going_on(tiny_file, music, tmp_path, call):
+    """Rows that can be read stay, others are counted, and then the file is kept as it was."""
+    args = ["--init", tiny_file, "--data", music, *TRAIN]
+    assert call(finetune.main, *args, "--steps", 1)[0] == 0
+    saved = (tmp_path / "out" / "finetune.pt").read_bytes()
+    for name, (text, steps, damaged) in DAMAGED_LOGS.items():
+        out, log = tmp_path / f"{name}.pt", tmp_path / f"{name}.csv"
+        out.write_bytes(saved)
+        log.write_bytes(text.encode())
+        status, err = call(finetune.main, "--resume", "--steps", 2, "--out", out)
+        assert status == 0, (name, err)
+        rows = rows_of(log)
+        assert [row["step"] for row in rows] == [*map(str, steps), "2"]
+        assert list(rows[0]) == ["step", "loss", "validation", "lr"]
+        assert all(float(row["validation"]) in (3.25, 3.125) for row in rows[:-1])
+        assert (f"{damaged} lines of" in err) == bool(damaged), (name, err)
+        kept = tmp_path / f"{name}.before.csv"
+        assert not damaged or kept.read_bytes() == text.encode()
+        assert kept.exists() == bool(damaged)
+
+
+def test_a_log_on_a_full_disk_and_a_sample_that_cannot_be_written(tiny_file, music, tmp_path, call):
+    args = ["--init", tiny_file, "--data", music, *TRAIN, "--steps", 1]
+    (tmp_path / "a.csv").symlink_to("/dev/full")
+    status, err = call(finetune.main, *args, "--out", "a.pt")
+    assert status == 2 and "error: cannot write a.csv: No space left" in err and "Traceback" not in err
+    (tmp_path / "samples").write_text("no folder")          # a sample is worth no training
+    status, err = call(finetune.main, *args, "--sample-every", 1, "--out", "b.pt")
+    assert status == 0 and "warning: no sample, samples/b_1.wav cannot be written" in err
+    assert (tmp_path / "b.pt").exists()
+
+
+def interrupted(monkeypatch, module, number):
+    """A signal right after the weights of the third update have moved, and another while that is saved."""
+    step, save, count = torch.optim.AdamW.step, module.save, itertools.count(1)
+
+    def step_and_signal(self, *args, **kw):
+        step(self, *args, **kw)
+        if next(count) == 3:
+            signal.raise_signal(number)
+
+    def signal_and_save(*args, **kw):
+        signal.raise_signal(number)
+        save(*args, **kw)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_and_signal)
+    monkeypatch.setattr(module, "save", signal_and_save)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["finetune", "arc_forcing"])
+def test_a_signal_at_the_worst_moment_loses_nothing(name, number, tiny_file, music, tmp_path, call,
+                                                    monkeypatch):
+    """In the middle of an update, and once more while its checkpoint is written: the update counts, and the
+    resumed run equals the unbroken one."""
+    args = ["--init", tiny_file, "--data", music]
+    args += [*TRAIN, "--every", 100] if name == "finetune" else [*ARC, "--every", 100]
+    module = importlib.import_module(name)
+    assert (done := call(module.main, *args, "--out", "a.pt"))[0] == 0, done
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)      # as `common.run` has it
+    try:
+        with monkeypatch.context() as patch:
+            interrupted(patch, module, number)
+            status, err = call(module.main, *args, "--out", "b.pt")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert status == 130 and "stopped after step 3; go on with --resume" in err
+    assert torch.load(tmp_path / "b.pt", weights_only=True)["step"] == 3
+    assert (done := call(module.main, "--resume", "--out", "b.pt"))[0] == 0, done
+    a, b = (torch.load(tmp_path / f"{side}.pt", weights_only=True)["weights"] for side in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert rows_of(tmp_path / "a.csv")[-1] == rows_of(tmp_path / "b.csv")[-1]
+
+
+def test_resume_with_nothing_to_do_or_another_optimizer(tiny_file, music, tmp_path, call):
+    args = ["--init", tiny_file, "--data", music, *TRAIN, "--steps", 1]
+    assert call(finetune.main, *args)[0] == 0
+    status, err = call(finetune.main, "--resume")
+    assert status == 0 and "nothing is left to do after step 1" in err
+    saved = torch.load(tmp_path / "out" / "finetune.pt", weights_only=True)
+    saved["optimizer"]["param_groups"][0]["params"].pop()
+    torch.save(saved, tmp_path / "out" / "finetune.pt")
+    status, err = call(finetune.main, "--resume", "--steps", 2)
+    assert status == 2 and "error: out/finetune.pt: its optimizer is not this model's" in err
+
+
 # -------------------------------------------------------------------------------- arc_forcing.py
 @pytest.mark.parametrize("causal", [True, False])
 def test_replay_in_bf16(causal):
@@ -2412,6 +2828,19 @@ def test_discriminator_scores_the_rollout_only():
         loss().backward()
         moved = {id(p) for p in critic.parameters() if p.grad is not None}
         assert moved == {id(p) for p in critic.trained(phase)}
+
+
+def test_the_discriminator_reads_words_in_the_rows_that_g_gave_them():
+    """Of two words with the same hash one has another row: D, whose table is a copy, must look there too."""
+    model = tiny(text_width=2)
+    words = [f"word{i}" for i in range(9)]
+    first, second = next(pair for pair in itertools.combinations(words, 2)
+                         if len({model.conditioner.words.row_of(word) for word in pair}) == 1)
+    critic = arc_forcing.start_discriminator(model, None)
+    finetune.words_met(model, [SimpleNamespace(prompt=f"{first} {second}")])
+    for word in first, second:
+        assert torch.equal(condition(model, word).tokens, condition(critic, word).tokens)
+    assert not torch.equal(condition(critic, first).tokens, condition(critic, second).tokens)
 
 
 def drawn(music, rows=slice(0, 6), step=0, phase="D", blocks=2, **kw):
@@ -2652,8 +3081,9 @@ def write_public(folder, weights, name="model.ckpt"):
     if name.endswith(".safetensors"):
         header, at = {}, 0
         for k, w in weights.items():
-            header[k] = dict(dtype={torch.float16: "F16", torch.float32: "F32"}[w.dtype], shape=list(w.shape),
-                             data_offsets=[at, at + w.nbytes])
+            kinds = {torch.float16: "F16", torch.float32: "F32", torch.int32: "I32", torch.int64: "I64",
+                     torch.bool: "BOOL"}
+            header[k] = dict(dtype=kinds[w.dtype], shape=list(w.shape), data_offsets=[at, at + w.nbytes])
             at += w.nbytes
         head = json.dumps(header).encode()
         (folder / name).write_bytes(len(head).to_bytes(8, "little") + head
@@ -2799,6 +3229,48 @@ def test_port_refuses_damaged_files(tmp_path):
     refused(tmp_path / "nowhere", "nowhere")
 
 
+def test_port_tells_what_a_file_is(tmp_path, tiny_file):
+    """Whole files that it cannot take are not called truncated."""
+    weights = public_small()
+    first = next(iter(weights))
+
+    def refused(folder, *words):
+        with pytest.raises(UserError) as error:
+            load_stable_audio(folder)
+        assert all(word in str(error.value) for word in words), error.value
+        assert "truncated" not in str(error.value), error.value
+    for name in "model.safetensors", "model.ckpt":          # integers beside floats
+        counted = {**weights, "model.norm.num_batches_tracked": torch.tensor(3),
+                   "ema.initted": torch.tensor([True])}
+        refused(write_public(tmp_path / f"counters {name}", counted, name), "2 not understood", "tracked")
+        rounded = {**weights, first: weights[first].int()}
+        refused(write_public(tmp_path / f"integers {name}", rounded, name), first, "no floating-point")
+        wild = {**weights, first: weights[first] * math.nan}
+        refused(write_public(tmp_path / f"wild {name}", wild, name), first, "not all finite")
+    folder = write_public(tmp_path / "bare", weights)
+    torch.save(weights, folder / "model.ckpt")
+    refused(folder, "bare state_dict", first)
+    torch.save({"state_dict": {**weights, "epoch": 3}}, folder / "model.ckpt")
+    refused(folder, "other things than tensors: epoch")
+    shutil.copy(tiny_file, folder / "model.ckpt")
+    refused(folder, "a checkpoint of this project already")
+    torch.save([1, 2], folder / "model.ckpt")
+    refused(folder, "no state_dict")
+    (folder / "model.ckpt").rename(folder / "model.safetensors.part")
+    refused(folder, "model.safetensors.part", "finished")
+    folder = write_public(tmp_path / "kinds", weights, "model.safetensors")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content.replace(b'"F16"', b'"F4"') if b'"F16"' in content
+                                               else content.replace(b'"F32"', b'"F99"'))
+    with pytest.raises(UserError):
+        load_stable_audio(folder)
+    (folder / "model.ckpt").write_bytes(content)            # named wrongly, but what is in it is what counts
+    (folder / "model.safetensors").unlink()
+    load_stable_audio(folder)
+    (folder / "model_config.json").write_bytes(LFS)
+    refused(folder, "model_config.json", "git lfs pull")
+
+
 @pytest.mark.parametrize("option, value", [("model.diffusion.config.global_cond_type", "adaLN"),
                                            ("model.diffusion.config.num_memory_tokens", 64),
                                            ("model.diffusion.config.attn_kwargs.qk_norm", "l2"),
@@ -2885,6 +3357,15 @@ def test_port_command_refuses_in_one_line(tmp_path, capsys, monkeypatch):
         status, said = convert(capsys, monkeypatch, *args)
         assert status == 2 and "error: " in said.splitlines()[-1], said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder", "spoiled"]  # nothing half-written
+    whole = write_public(tmp_path / "whole", public_small())
+    before = {f: f.read_bytes() for f in whole.iterdir()}
+    (tmp_path / "link.pt").symlink_to(whole / "model.ckpt")
+    for args in (("--out", whole / "model.ckpt"), ("--out", tmp_path / "link.pt"),
+                 ("--out", whole / "model_config.json"),
+                 ("--prompts", "a", "--out", tmp_path / "p.pt", "--prompts-out", tmp_path / "p.pt")):
+        status, said = convert(capsys, monkeypatch, whole, *args)
+        assert status == 2 and re.search("which is read|the same file", said.splitlines()[-1]), said
+    assert {f: f.read_bytes() for f in whole.iterdir()} == before
     done = subprocess.run([sys.executable, HERE / "stable_audio_port.py", folder], capture_output=True,
                           text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
