@@ -280,11 +280,6 @@ def regime_of(config):
     return "block-causal" if config.causal else "encoder-decoder"
 
 
-def regime_of(config):
-    """How a model's context is read, in words."""
-    return "block-causal" if config.causal else "encoder-decoder"
-
-
 def default_checkpoint():
     shipped = Path(__file__).with_name("nano.pt")
     if shipped.is_relative_to(Path.cwd()):                  # the shorter name
@@ -399,27 +394,6 @@ def thread_count(text):
     most = 8 * (os.cpu_count() or 1)                        # far more would wait for each other for ever
     if value > most:
         raise argparse.ArgumentTypeError(f"{text} is more than {most}, which is 8 for each CPU")
-    return value
-
-
-def positive_finite(text):
-    value = finite(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
-
-
-def not_negative(text):
-    value = finite(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def whole_or_zero(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
 
 
