@@ -247,11 +247,12 @@ def load(path, **overrides):
 
 
 def check_sizes(config):
-    """ValueError where a field of a Config that was read has another type than its default, or is below 1."""
+    """ValueError where a field of a Config that was read has another type than its default, or is too small."""
     for field in fields(Config):
         value = getattr(config, field.name)
         numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) is int]
-        if type(value) is not type(field.default) or any(n < 1 for n in numbers):
+        least = 0 if field.default == 0 else 1
+        if type(value) is not type(field.default) or any(n < least for n in numbers):
             raise ValueError(f"its config says {field.name} = {value!r}")
 
 
