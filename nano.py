@@ -347,28 +347,31 @@ def equalize(autoencoder, audio):
     first.weight *= scale[None, :, None]
 
 
-def start_autoencoder(args, train, device):
-    """The model whose autoencoder is trained: --init's, or a linear start fitted to the tracks. Raises
-    UserError."""
-    if args.init:
-        model = load(args.init)
-    else:
-        model = LMDM(PRESETS["nano"])
-        part = slice(5 * RATE, 5 * RATE + 2 ** 17)
-        parts = [to_audio(track[part]) for track in train if len(track) >= part.stop][:96]
-        if not parts:
-            raise UserError(f"a linear start is fitted to tracks of {part.stop / RATE:.0f} s or more, "
-                            "and there is none in --data; take --init")
-        start_as_transform(model.autoencoder.to(device), torch.stack(parts).to(device))
-        # the precision of the packed file, so that latents stay
-        for parameter in model.autoencoder.parameters():
-            parameter.data = parameter.data.half().float()
+def start_autoencoder(args, device):
+    """The model whose autoencoder is trained, --init's or a new one. Raises UserError."""
+    model = load(args.init) if args.init else LMDM(PRESETS["nano"])
+    hop = model.config.hop
+    if args.crop % hop or args.crop <= RESOLUTIONS[0] // 2:
+        raise UserError(f"--crop {args.crop}: it takes a multiple of {hop} samples, "
+                        f"above {RESOLUTIONS[0] // 2}")
     model.stage = "autoencoder"
     model.sampling = {}
     model.autoencoder.to(device).encoder.requires_grad_(args.encoder)
     if speed:
         speed.lay_out(model.autoencoder)
     return model
+
+
+def fit_transform(autoencoder, tracks, device):
+    """A linear start, fitted to the tracks. Raises UserError where none is long enough."""
+    part = slice(5 * RATE, 5 * RATE + 2 ** 17)
+    parts = [to_audio(track[part]) for track in tracks if len(track) >= part.stop][:96]
+    if not parts:
+        raise UserError(f"a linear start is fitted to tracks of {part.stop / RATE:.0f} s or more, "
+                        "and there is none in --data; take --init")
+    start_as_transform(autoencoder, torch.stack(parts).to(device))
+    for parameter in autoencoder.parameters():              # the precision of the packed file: latents stay
+        parameter.data = parameter.data.half().float()
 
 
 def train_autoencoder(args):
@@ -380,13 +383,12 @@ def train_autoencoder(args):
     torch.manual_seed(args.seed)
     out, state = writable(args.out), Path(f"{args.out}.train")
     out.parent.mkdir(parents=True, exist_ok=True)
-    train, held_out = (read_tracks(args.data, side, args.crop) for side in (False, True))
-    model = start_autoencoder(args, train, device)
-    hop = model.config.hop
-    if args.crop % hop or args.crop <= RESOLUTIONS[0] // 2:
-        raise UserError(f"--crop {args.crop}: it takes a multiple of {hop} samples, "
-                        f"above {RESOLUTIONS[0] // 2}")
+    model = start_autoencoder(args, device)
     autoencoder = model.autoencoder
+    train, held_out = (read_tracks(args.data, side, args.crop) for side in (False, True))
+    if not args.init and not state.exists():
+        fit_transform(autoencoder, train, device)
+    hop = model.config.hop
     codec, critic = Player(autoencoder, args), Player(Critic().to(device), args)
     step = 0
     if state.exists():
