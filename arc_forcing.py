@@ -28,11 +28,12 @@ from torch import nn
 
 import data
 from common import (UserError, check_streams, finite, load, not_negative, positive_finite, random_seed,
-                    read_checkpoint, regime_of, run, save, speed, training_precision, whole, whole_or_zero)
+                    read_checkpoint, regime_of, run, save, speed, step_count, thread_count,
+                    training_precision, uninterrupted, whole, whole_or_zero)
 from finetune import (Log, average_gradients, check_text_encoder, clip_gradients, condition,
                       describe_batch, encode_texts, keep_earlier_run, millions, missing_context, parse,
                       prepare_once, progress_bar, render_sample, restore, say, say_changes, say_done, set_up,
-                      track_records, training_loop, uninterrupted, words_met)
+                      track_records, training_loop, words_met)
 from model import (Conditioner, Config, DiT, add_noise, alpha_sigma, denoise, noise_level, schedule,
                    shift_time, velocity)
 from sample import Context, denoise_block, sampling_settings, with_null
@@ -456,7 +457,7 @@ def parser():
                    help="go on from --out, with its settings unless given again")
     # the game
     p.add_argument("--rollout", type=whole, default=4, help="blocks that G plays in a row")
-    p.add_argument("--most", type=whole, default=8,
+    p.add_argument("--most", type=step_count, default=8,
                    help="denoising steps of a block: drawn from 1 to this, and what the result plays with")
     p.add_argument("--steps", type=whole, default=2000, help="of the game, half of them D's, half G's")
     p.add_argument("--batch", type=whole, default=8,
@@ -473,7 +474,7 @@ def parser():
     p.add_argument("--on-policy", type=whole_or_zero, default=0,
                    help="so many of those steps, the last, continue G's own streams and not music")
     p.add_argument("--warmup-lr", type=positive_finite, default=5e-5, help="of both, falling to 0")
-    p.add_argument("--teacher-steps", type=whole,
+    p.add_argument("--teacher-steps", type=step_count,
                    help="steps of those trajectories (default: as --init plays)")
     p.add_argument("--teacher-cfg", type=finite,
                    help="guidance of those trajectories (default: as --init plays)")
@@ -486,7 +487,7 @@ def parser():
     p.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto")
     p.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True,
                    help="activation checkpointing in D: less memory, slower")
-    p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+    p.add_argument("--threads", type=thread_count, help="CPU threads (default: PyTorch's choice)")
     return p
 
 

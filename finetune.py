@@ -13,7 +13,6 @@ import io
 import itertools
 import math
 import os
-import signal
 import sys
 import time
 from datetime import timedelta
@@ -30,8 +29,8 @@ from tqdm import tqdm
 import data
 from audio import WavWriter, decode_stream, pcm
 from common import (UserError, device_of, finite, load, not_negative, positive_finite, random_seed,
-                    read_checkpoint, regime_of, run, save, speed, training_precision, whole, whole_or_zero,
-                    writable, write_whole)
+                    read_checkpoint, reason_of, regime_of, run, save, speed, thread_count, training_precision,
+                    uninterrupted, whole, whole_or_zero, writable, write_whole)
 from model import LMDM, Cond, Numbered, add_noise, forget_t5, shift_time, velocity
 from sample import stream
 
@@ -207,8 +206,8 @@ def start_processes(device):
         # the others wait while the first encodes the audio, which may take hours
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise UserError(f"the processes cannot be joined ({reason}): start them with torchrun") from None
+        raise UserError(f"the processes cannot be joined ({reason_of(error)}): "
+                        "start them with torchrun") from None
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -282,7 +281,7 @@ def unwritable(path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {path}: {reason_of(error)}") from None
 
 
 def read_log(path, columns):
@@ -451,7 +450,7 @@ def restore(optimizer, state, path):
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: its optimizer is not this model's ({str(error)[:100]})") from None
+        raise UserError(f"{path}: its optimizer is not this model's ({reason_of(error)})") from None
 
 
 def clip_gradients(parameters, most):
@@ -474,23 +473,6 @@ def describe_batch(args, world, device, precision_name):
     size = args.batch // world // args.accumulate
     return (f"batch {args.batch} = {world} processes x {args.accumulate} x {size}; {device.type}, "
             f"{precision_name}")
-
-
-@contextlib.contextmanager
-def uninterrupted():
-    """Ctrl-C and SIGTERM take effect after this block: an update, or a checkpoint, is made whole or not at
-    all."""
-    arrived = []
-    before = {}
-    for number in signal.SIGINT, signal.SIGTERM:
-        before[number] = signal.signal(number, lambda number, frame: arrived.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if arrived:
-            signal.raise_signal(arrived[0])
 
 
 @contextlib.contextmanager
@@ -558,7 +540,7 @@ def parser():
     p.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto")
     p.add_argument("--remat", action=argparse.BooleanOptionalAction, default=False,
                    help="activation checkpointing: less memory, slower")
-    p.add_argument("--threads", type=whole, help="CPU threads (default: PyTorch's choice)")
+    p.add_argument("--threads", type=thread_count, help="CPU threads (default: PyTorch's choice)")
     return p
 
 
