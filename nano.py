@@ -449,6 +449,8 @@ def evaluate_autoencoder(args):
     autoencoder = load(args.ckpt).autoencoder
     if speed:
         speed.lay_out(autoencoder)
+    if not audio_files(args.data):
+        raise UserError(f"{args.data}: no audio to evaluate on")
     tracks = read_tracks([args.data], True, RATE // 10)
     distance, ratio = validate_autoencoder(autoencoder, tracks)
     if args.picture:
