@@ -33,8 +33,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from audio import encode_chunks, read_audio, read_tags
+from audio import encode_chunks
 from common import UserError, device_of, load, run, speed, write_whole
+from recordings import read_audio, read_tags
 from model import words_of
 
 AUDIO = set(".wav .wave .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .w64 .rf64 .caf".split())

@@ -24,9 +24,10 @@ from torchaudio.transforms import MelSpectrogram
 from tqdm import tqdm
 
 import data
-from audio import decode_stream, decoder_margin, pcm, read_audio
+from audio import decode_stream, decoder_margin, pcm
 from common import (PRECISIONS, UserError, check_streams, default_checkpoint, device_of, finite, load,
                     playing_precision, run, speed, step_count, thread_count, whole, writable)
+from recordings import read_audio
 from sample import SAMPLERS, known_words, sampling_settings, stream
 
 HOP = 512                                                   # samples between frames of `log_mel`

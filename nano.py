@@ -34,13 +34,13 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchaudio.functional import melscale_fbanks
 
-from audio import read_audio
 from chorales import make_data
 from common import (UserError, finite, load, not_negative, positive_finite, random_seed, read_checkpoint,
                     run, save, save_whole, speed, step_count, thread_count, whole, writable)
 from data import audio_files, split
 from finetune import average_gradients, micro_rows, start_processes
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta
+from recordings import read_audio
 from sample import SAMPLERS
 
 RATE = PRESETS["nano"].sample_rate

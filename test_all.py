@@ -59,6 +59,7 @@ import data
 import finetune
 import measure
 import nano
+import recordings
 import sample
 import speed
 import stable_audio_port as port
@@ -1305,7 +1306,7 @@ def test_formats(tmp_path, kind):
     options = dict(format="OGG", subtype="OPUS") if kind == "opus" else {}
     soundfile.write(tmp_path / f"a.{kind}", notes(1.5, rate), rate, **options)
     assert data.audio_files(tmp_path) == [tmp_path / f"a.{kind}"]
-    audio = torch.cat(list(audio_io.read_audio(tmp_path / f"a.{kind}", SMALL_AE)), dim=1)
+    audio = torch.cat(list(recordings.read_audio(tmp_path / f"a.{kind}", SMALL_AE)), dim=1)
     assert audio.dtype == torch.float32 and audio.shape[0] == 2
     assert abs(audio.shape[1] - 1.5 * 44100) < 0.1 * 44100
     original = torch.from_numpy(notes(1.5, 44100 if kind != "opus" else rate).T.copy())
@@ -1318,9 +1319,9 @@ def test_formats(tmp_path, kind):
 def test_reading_in_pieces_is_reading_whole(tmp_path, monkeypatch, kind):
     options = dict(format="OGG", subtype="OPUS") if kind == "opus" else {}
     soundfile.write(tmp_path / f"a.{kind}", notes(3.3, 48000), 48000, **options)
-    whole = torch.cat(list(audio_io.read_audio(tmp_path / f"a.{kind}", SMALL_AE)), dim=1)
-    monkeypatch.setattr(audio_io, "PIECE", 1)
-    pieces = list(audio_io.read_audio(tmp_path / f"a.{kind}", SMALL_AE))
+    whole = torch.cat(list(recordings.read_audio(tmp_path / f"a.{kind}", SMALL_AE)), dim=1)
+    monkeypatch.setattr(recordings, "PIECE", 1)
+    pieces = list(recordings.read_audio(tmp_path / f"a.{kind}", SMALL_AE))
     assert len(pieces) > 2
     assert (torch.cat(pieces, dim=1) - whole).abs().max() < 1e-5
 
@@ -1330,7 +1331,7 @@ def test_resampling_in_pieces_is_resampling_whole(rate):
     x = torch.from_numpy(notes(2.71, rate).T.copy())
     whole = torchaudio.functional.resample(x, rate, 44100)
     for cuts in ([x], x.split(777, dim=1), x.split(rate, dim=1)):
-        y = torch.cat(list(audio_io.resampled(iter(cuts), rate, 44100)), dim=1)
+        y = torch.cat(list(recordings.resampled(iter(cuts), rate, 44100)), dim=1)
         assert y.shape == whole.shape and (y - whole).abs().max() < 1e-5
 
 
@@ -1339,13 +1340,13 @@ def test_odd_rate_needs_no_giant_filter(monkeypatch):
     monkeypatch.setattr(torchaudio.transforms, "Resample", lambda p,
                         q: real(p, q) if max(p, q) < 2000 else pytest.fail("giant filter"))
     x = torch.from_numpy(notes(1, 47999).T.copy())
-    y = torch.cat(list(audio_io.resampled([x], 47999, 44100)), dim=1)
+    y = torch.cat(list(recordings.resampled([x], 47999, 44100)), dim=1)
     assert abs(y.shape[1] - 44100) < 5
 
 
 def test_channels(tmp_path):
     for channels in (1, 2, 6):
-        audio = torch.cat(list(audio_io.read_audio(save_wav(tmp_path / f"{channels}.wav", channels=channels),
+        audio = torch.cat(list(recordings.read_audio(save_wav(tmp_path / f"{channels}.wav", channels=channels),
                                                    SMALL_AE)), dim=1)
         assert audio.shape == (2, 44100)
         assert (channels == 1) == torch.equal(audio[0], audio[1])
@@ -1377,7 +1378,7 @@ def test_encode_file(encoder, tmp_path):
 
 
 def heard(file, config=SMALL_AE):
-    return torch.cat(list(audio_io.read_audio(file, config)), dim=1)
+    return torch.cat(list(recordings.read_audio(file, config)), dim=1)
 
 
 def seconds_heard(file):
@@ -1400,7 +1401,7 @@ def ffmpeg(*args, data=None):
 
 def without_first_frame(mp3):
     """An MP3 without its Xing or Info frame, as recordings of streams are."""
-    return mp3[audio_io.mpeg_frame(mp3[1], mp3[2])[0]:]
+    return mp3[recordings.mpeg_frame(mp3[1], mp3[2])[0]:]
 
 
 def late_page(ogg, samples):
@@ -1462,11 +1463,11 @@ def test_files_are_read_whole_or_named(tmp_path, monkeypatch):
 def test_counting_mp3_frames(tmp_path, rate):
     for options in {}, {"bitrate_mode": "VARIABLE"}, {"compression_level": 0.9}:
         (tmp_path / "a.mp3").write_bytes(encoded(notes(3, rate), rate, format="MP3", **options))
-        length = audio_io.length_by_counting(tmp_path / "a.mp3")
+        length = recordings.length_by_counting(tmp_path / "a.mp3")
         assert -0.3 < length.seconds - 3 < 0.1 and not length.promised
     cut = (tmp_path / "a.mp3").read_bytes()
     (tmp_path / "a.mp3").write_bytes(cut[:len(cut) // 3])
-    assert audio_io.length_by_counting(tmp_path / "a.mp3").promised > 2.9
+    assert recordings.length_by_counting(tmp_path / "a.mp3").promised > 2.9
 
 
 def test_a_file_cut_short_is_named(tmp_path, capsys):
@@ -1543,8 +1544,8 @@ def test_a_layout_that_the_file_tells_is_believed(tmp_path, monkeypatch):
     truth = torch.tensor([[1, 0], [0, 1], [0.7071, 0.7071], [0.5, 0.5]]).T / 2.2071 / 2
     assert (audio[:, 5000::11025] - truth).abs().max() < 1e-3
     if shutil.which("ffmpeg"):                                  # which tells the layout too
-        monkeypatch.setattr(audio_io, "through_sndfile",
-                            lambda file: (_ for _ in ()).throw(audio_io.CannotRead("no")))
+        monkeypatch.setattr(recordings, "through_sndfile",
+                            lambda file: (_ for _ in ()).throw(recordings.CannotRead("no")))
         assert (heard(tmp_path / "a.wav") - audio).abs().max() < 1e-4
 
 
@@ -1589,7 +1590,7 @@ def test_latents_on_disk(encoder, tmp_path):
 
 def test_resume_and_redo(encoder, tmp_path, monkeypatch):
     made = []
-    real = audio_io.read_audio
+    real = recordings.read_audio
     monkeypatch.setattr(data, "read_audio", lambda file, config: made.append(file.name) or real(file, config))
 
     def run(m=encoder):
@@ -1619,7 +1620,7 @@ def test_resume_and_redo(encoder, tmp_path, monkeypatch):
 def test_stopped_while_encoding_goes_on_with_the_rest(encoder, tmp_path, monkeypatch):
     for i, name in enumerate("abc"):
         save_wav(tmp_path / f"music/{name}.wav", 0.7, seed=i)
-    real, made = audio_io.read_audio, []
+    real, made = recordings.read_audio, []
 
     def read(file, config):
         made.append(file.name)
