@@ -30,13 +30,14 @@ import data
 from common import (UserError, check_streams, finite, load, not_negative, positive_finite, random_seed,
                     read_checkpoint, regime_of, run, save, speed, step_count, thread_count,
                     training_precision, uninterrupted, whole, whole_or_zero)
-from finetune import (Log, average_gradients, check_text_encoder, clip_gradients, condition,
-                      describe_batch, encode_texts, keep_earlier_run, millions, missing_context, parse,
-                      prepare_once, progress_bar, render_sample, restore, say, say_changes, say_done, set_up,
-                      track_records, training_loop, words_met)
+from finetune import missing_context
 from model import (Conditioner, Config, DiT, add_noise, alpha_sigma, denoise, noise_level, schedule,
                    shift_time, velocity)
 from sample import Context, denoise_block, sampling_settings, with_null
+from training import (Log, average_gradients, check_text_encoder, clip_gradients, condition, describe_batch,
+                      encode_texts, keep_earlier_run, millions, parse, prepare_once, progress_bar,
+                      render_sample, restore, say, say_changes, say_done, set_up, track_records,
+                      training_loop, words_met)
 
 PHASES = "warm D", "warm G", "D", "G"                       # in this order; the last two, the game, in turns
 COLUMNS = ("step", "phase", "loss", "contrastive", "real", "fake", "wrong", "spread", "gradient", "seconds")

@@ -38,10 +38,10 @@ from chorales import make_data
 from common import (UserError, finite, load, not_negative, positive_finite, random_seed, read_checkpoint,
                     run, save, save_whole, speed, step_count, thread_count, whole, writable)
 from data import audio_files, split
-from finetune import average_gradients, micro_rows, start_processes
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta
 from recordings import read_audio
 from sample import SAMPLERS
+from training import average_gradients, micro_rows, start_processes
 
 RATE = PRESETS["nano"].sample_rate
 # what a model finetuned from nano.pt plays best with: it needs guidance
@@ -522,7 +522,8 @@ def main():
     s.add_argument("--crop", type=whole, default=16384, help="samples")
     s.add_argument("--lr", type=positive_finite, default=1e-3)
     s.add_argument("--clip", type=positive_finite, default=1.0, help="gradient norm")
-    s.add_argument("--noise", type=not_negative, default=0.25, help="most noise on latents, without --encoder")
+    s.add_argument("--noise", type=not_negative, default=0.25,
+                   help="most noise on latents, without --encoder")
     s.add_argument("--kl", type=not_negative, default=1e-4,
                    help="weight of the posterior's divergence, with --encoder")
     s.add_argument("--adversary", type=not_negative, default=0.0, help="weight of an adversarial loss")

@@ -63,6 +63,7 @@ import recordings
 import sample
 import speed
 import stable_audio_port as port
+import training
 
 from common import UserError
 from model import (LMDM, PRESETS, T5, Cond, Conditioner, Config, Numbered, SnakeBeta, add_noise, alpha_sigma,
@@ -2838,7 +2839,7 @@ def test_the_discriminator_reads_words_in_the_rows_that_g_gave_them():
     first, second = next(pair for pair in itertools.combinations(words, 2)
                          if len({model.conditioner.words.row_of(word) for word in pair}) == 1)
     critic = arc_forcing.start_discriminator(model, None)
-    finetune.words_met(model, [SimpleNamespace(prompt=f"{first} {second}")])
+    training.words_met(model, [SimpleNamespace(prompt=f"{first} {second}")])
     for word in first, second:
         assert torch.equal(condition(model, word).tokens, condition(critic, word).tokens)
     assert not torch.equal(condition(critic, first).tokens, condition(critic, second).tokens)
@@ -2927,7 +2928,7 @@ def test_on_policy_warmup_plays_its_own_streams(finetuned, call):
     folder = torch.load(finetuned / "o.pt", weights_only=True)["args"]["data"]
     tracks, c = data.prepare(folder, model, finetuned / "out" / "latents", quiet=True).train, model.config
     b = arc_forcing.draw_batch(tracks, c, 4, 2, 3, slice(0, 4), 0, "warm G", 0)
-    cond = finetune.condition(model, finetune.encode_texts(model, tracks), b.prompts, "cpu")
+    cond = training.condition(model, training.encode_texts(model, tracks), b.prompts, "cpu")
     context, played = sample.Context(model, model.dit.encode_prompt(cond),
                                      b.latents[..., :c.context]), [b.latents[..., :c.context]]
     with torch.no_grad():
