@@ -139,6 +139,9 @@ def save(model, path, step=0, made="", dtype=None, **extra):
 
 
 def first_bytes(path):
+    """Raises UserError where there is no file, or none that can be read."""
+    if not os.path.isfile(path):
+        raise UserError(f"cannot read {path}: no such file")
     try:
         with open(path, "rb") as file:
             return file.read(4096)
@@ -231,12 +234,12 @@ def load(path, **overrides):
             model = LMDM(config, saved["stage"], sampling)
         want = model.state_dict()
         have = dict(saved["weights"])
-    except (TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{path}: {reason_of(error)}") from None
     wrong = [f"{k} missing" for k in want if k not in have] + [f"{k} unknown" for k in have if k not in want]
     for name in want:
-        if name in have and not (torch.is_tensor(have[name]) and have[name].is_floating_point()):
-            wrong.append(f"{name} is no tensor of floats")
+        if name in have and not is_floats(have[name]):
+            wrong.append(f"{name} is no tensor of finite floats")
         elif name in have and have[name].shape != want[name].shape:
             wrong.append(f"{name} is {tuple(have[name].shape)}, not {tuple(want[name].shape)}")
     if wrong:
@@ -246,14 +249,24 @@ def load(path, **overrides):
     return model.eval()
 
 
+def is_floats(value):
+    """Is it a plain tensor of finite floating-point numbers?"""
+    return (torch.is_tensor(value) and value.is_floating_point() and value.layout == torch.strided
+            and not value.is_meta and value.float().sum().isfinite().item())
+
+
 def check_sizes(config):
     """ValueError where a field of a Config that was read has another type than its default, or is too small."""
     for field in fields(Config):
         value = getattr(config, field.name)
         numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) is int]
         least = 0 if field.default == 0 else 1
-        if type(value) is not type(field.default) or any(n < least for n in numbers):
+        most = 1000 if field.name == "depth" else 10 ** 9   # it would be built for ever
+        if type(value) is not type(field.default) or any(not least <= n <= most for n in numbers):
             raise ValueError(f"its config says {field.name} = {value!r}")
+    names = {"prompt", *(name for name, _, _ in config.numbers)}
+    if not {*config.cross_ids, *config.global_ids} <= names or any(not low < high for _, low, high in config.numbers):
+        raise ValueError(f"its config says {config.numbers}, {config.cross_ids}, {config.global_ids}")
 
 
 def check_sampling(config, stage, sampling):
@@ -265,7 +278,7 @@ def check_sampling(config, stage, sampling):
         if not isinstance(sampling[name], kinds[name]):
             raise ValueError(f"it recommends {name} = {sampling[name]!r} for playing")
     words = sampling.get("words", {})
-    if isinstance(words, dict) and not set(words.values()) <= set(range(1, config.text_width + 1)):
+    if isinstance(words, dict) and not all(1 <= row <= config.text_width for row in words.values()):
         raise ValueError("some of its words have no row of the table")
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import (UserError, check_sizes, first_bytes, is_safetensors, keep_inputs, load_plain, not_weights,
-                    reason_of, regime_of, run, save, save_whole, whole, writable)
+from common import (UserError, check_sizes, first_bytes, is_floats, is_safetensors, keep_inputs, load_plain,
+                    not_weights, reason_of, regime_of, run, save, save_whole, whole, writable)
 from model import LMDM, Config
 
 
@@ -129,6 +129,9 @@ def read_conditioning(options):
                 refuse(f"conditioner {name}, {option}", settings[option])
         t5 = settings.get("t5_model_name", "t5-base")
         if kind == "number" and name in ("seconds_start", "seconds_total"):
+            low, high = float(settings.get("min_val", 0)), float(settings.get("max_val", 1))
+            if not low < high < math.inf:
+                refuse(f"range of conditioner {name}", [low, high])
             numbers.append((name, settings.get("min_val", 0), settings.get("max_val", 1)))
         elif kind == "t5" and name == "prompt" and t5 in T5_WIDTHS:
             text = dict(text_model=t5, text_width=T5_WIDTHS[t5], text_tokens=settings.get("max_length", 128))
@@ -392,13 +395,11 @@ def fill(model, weights, path):
     for name, (keys, how) in plan.items():
         parts = [weights.pop(key)() for key in keys]
         try:
-            if not all(part.is_floating_point() for part in parts):
-                raise ValueError("no floating-point numbers")
+            if not all(is_floats(part) for part in parts):
+                raise ValueError("not all finite floats")
             tensor = how(*(part.float() for part in parts)).contiguous()
             if tensor.shape != wanted[name].shape:
                 raise ValueError(f"{tuple(tensor.shape)} where {tuple(wanted[name].shape)} is expected")
-            if not tensor.isfinite().all():
-                raise ValueError("not all finite numbers")
             tensors[name] = tensor
         except (ValueError, RuntimeError) as error:
             wrong.append(f"{' + '.join(keys)}: {error}")
@@ -445,7 +446,7 @@ def empty_model(path, overrides):
             return LMDM(config, "base"), objective, stream
     except UserError as error:
         raise UserError(f"{path} {error}") from None
-    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{path} describes no network that can be built here ({error})") from None
 
 
@@ -495,10 +496,8 @@ def load_prompts(path):
         prompts, embeddings = saved["prompts"], saved["embeddings"]
         if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
             raise ValueError("it holds no list of prompts")
-        if embeddings.ndim != 3 or len(embeddings) != len(prompts) or not embeddings.is_floating_point():
-            raise ValueError("one embedding per prompt is expected")
-        if not embeddings.isfinite().all():
-            raise ValueError("its embeddings are not all finite numbers")
+        if not is_floats(embeddings) or embeddings.ndim != 3 or len(embeddings) != len(prompts):
+            raise ValueError("one embedding per prompt is expected, of finite floats")
     except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a file of encoded prompts ({error}); "
                         "stable_audio_port.py --prompts makes one") from None

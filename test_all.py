@@ -848,11 +848,13 @@ def test_checkpoints_that_are_something_else(tmp_path, tiny_file):
     refused(saved["weights"], "not a checkpoint of this project")
     refused({**saved, "weights": {**saved["weights"], "bn.num_batches_tracked": torch.tensor(3)}},
             "num_batches_tracked unknown")
-    for wrong in saved["weights"][name].int(), 3:
-        refused({**saved, "weights": {**saved["weights"], name: wrong}}, f"{name} is no tensor of floats")
+    weight = saved["weights"][name]
+    for wrong in weight.int(), weight.to("meta"), weight * math.nan, 3:
+        refused({**saved, "weights": {**saved["weights"], name: wrong}}, f"{name} is no tensor of finite float")
     refused({**saved, "weights": [1, 2]}, "a.pt: ")
     refused({**saved, "config": "large"}, "a.pt: ")
-    for field, value in dict(block=0, width="64", causal=None, heads=2.0, ae_strides=(0, 4, 4)).items():
+    wrong = dict(block=0, width="64", causal=None, heads=2.0, depth=2 ** 70, ae_strides=(0, 4, 4))
+    for field, value in wrong.items():
         refused({**saved, "config": {**saved["config"], field: value}}, "a.pt: ")
     for recommended in (dict(steps="8"), dict(cfg=None), dict(sampler=3), dict(words="a b"), dict(words=[1]),
                         dict(words={"a": 65}), dict(words={"a": [1]}), "fast"):
@@ -3246,9 +3248,9 @@ def test_port_tells_what_a_file_is(tmp_path, tiny_file):
                    "ema.initted": torch.tensor([True])}
         refused(write_public(tmp_path / f"counters {name}", counted, name), "2 not understood", "tracked")
         rounded = {**weights, first: weights[first].int()}
-        refused(write_public(tmp_path / f"integers {name}", rounded, name), first, "no floating-point")
+        refused(write_public(tmp_path / f"integers {name}", rounded, name), first, "not all finite floats")
         wild = {**weights, first: weights[first] * math.nan}
-        refused(write_public(tmp_path / f"wild {name}", wild, name), first, "not all finite")
+        refused(write_public(tmp_path / f"wild {name}", wild, name), first, "not all finite floats")
     folder = write_public(tmp_path / "bare", weights)
     torch.save(weights, folder / "model.ckpt")
     refused(folder, "bare state_dict", first)
