@@ -49,7 +49,7 @@ RESTART = 1 / 30                                            # chance that such a
 
 # -------------------------------------------------------------------------------- losses
 # D's scores (B, S) of the same frames, real and rolled out from the same context, at the same level with the
-# same noise; weights (B, S) of the frames, adding up to 1 in each item. Each returns (B,).
+# same noise; weights (B, S) of the scores, adding up to 1 in each item. Each returns (B,).
 def generator_loss(real, fake, weights):
     """softplus(D(real) - D(fake))"""
     return (weights * F.softplus(real - fake)).sum(1)
@@ -73,7 +73,7 @@ def distill_loss(x0, target, sigma):
 
 
 def flow_loss(critic, cond, x0, noise, t, music, remat=False):
-    """|v - (noise - x0)|^2 over the frames that are music, a whole sequence x0 (B, C, T) at once: (B,).
+    """|v - velocity|^2 over the frames that are music, a whole sequence x0 (B, C, T) at once: (B,).
 
     t (B,): levels; music (B, T): 1 where an item is music, else 0."""
     level = t[:, None, None]

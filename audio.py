@@ -80,9 +80,9 @@ def decoder_margin(config):
 class StreamingDecoder:
     """The autoencoder's decoder fed block by block: each layer keeps the end of its input until more comes.
 
-    A convolution that looks ahead gives its output that much later. What its padding is to a whole, zeros at
-    the start and the end are to a stream. So all pieces together equal decoding everything at once, and no
-    block is decoded twice."""
+    A convolution that looks ahead gives its output that much later. Zeros go in before the first input and
+    after the last, as padding does for a whole. So all pieces together equal decoding everything at once, and
+    nothing is decoded twice."""
 
     def __init__(self, autoencoder):
         self.layers = autoencoder.decoder
@@ -147,6 +147,7 @@ def decode_stream(autoencoder, latent_blocks, compile=False):
     A piece is what its block settles; the rest, for which the decoder must know what follows, comes with the
     next. compile: see `speed.StreamingDecoder`; where that does not work its UserError comes here, not with
     the first piece."""
+    # two of the same results: the one above, and a faster one, tested against each other
     decoder = speed.StreamingDecoder(autoencoder, compile) if speed else StreamingDecoder(autoencoder)
     return decoded_pieces(decoder, latent_blocks)
 

@@ -142,9 +142,9 @@ PRESETS = {"nano": Config(ae_width=16, ae_strides=(4, 4, 4, 4, 4), text="words",
 
 # -------------------------------------------------------------------------------- noise
 # A noise level t runs from 0 (music) to 1 (noise). Who takes its levels from where:
-#   playing, rollouts of ARC-Forcing          schedule(steps)
-# the discriminator's judgements            noise_level(u), u uniform: the law that `schedule` samples evenly
-#   finetuning, the discriminator's warm-up   shift_time(u, frames), u uniform: the public models' training
+#   playing, rollouts, the warm-up's teacher     schedule(steps)
+#   D's judgements in the game                   noise_level(u), u uniform
+# finetuning, validation, D's warm-up          shift_time(u, frames), u uniform: as public models are trained
 def alpha_sigma(t, objective):
     """Weights of signal and noise at level t in [0, 1]: x_t = alpha * x0 + sigma * eps."""
     if objective == "rectified_flow":
@@ -421,6 +421,8 @@ class Conditioner(nn.Module):
         self.numbers = nn.ModuleDict()
         for name, low, high in config.numbers:
             self.numbers[name] = Number(low, high, config.cond_width)
+        if config.text not in ("words", "t5"):
+            raise ValueError(f"no text encoder is called {config.text!r}")
         self.words = None
         self.proj_out = None
         if config.text == "words":
@@ -480,13 +482,15 @@ def rotate(x, rope):
 def visible(q_block, q_noisy, k_block, k_noisy, context_blocks, causal):
     """The one mask. Block indices and noisy flags of queries (Q,) and keys (K,) -> (Q, K), True where seen.
 
-    Everyone sees their own block; finished (clean) blocks are seen by whoever comes after, `context_blocks`
-    back. Without `causal` the clean frames are a window of their own: all of them see each other, both ways.
-    A timestep token counts as a noisy token of its block. No clean token ever sees a noisy one."""
+    Everyone sees their own block, and no clean token ever sees a noisy one. Block-causal, finished (clean)
+    blocks are seen by whoever comes after, `context_blocks` back; encoder-decoder, everyone sees every clean
+    block, of which the caller gives only a window. A timestep token counts as a noisy token of its block. Use
+    differences of block numbers only: a pass counts from its own first block."""
     q_block, q_noisy = q_block[:, None], q_noisy[:, None]
     own = (k_block == q_block) & (k_noisy == q_noisy)
     if causal:
-        return own | ~k_noisy & (k_block < q_block) & (k_block >= q_block - context_blocks)
+        behind = (k_block < q_block) & (k_block >= q_block - context_blocks)
+        return own | (behind & ~k_noisy)
     return own | ~k_noisy.expand_as(own)
 
 

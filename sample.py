@@ -50,8 +50,11 @@ class Context:
         self.model = model
         self.prompt = prompt
         self.use_cache = use_cache
-        self.grows = use_cache and c.causal                 # by one block: a finished one never looks ahead
-        blocks_kept = 1 if self.grows else c.context_blocks if use_cache else c.reach_blocks
+        self.keeps_cached = use_cache and c.causal          # what is cached of a finished block never changes
+        if not use_cache:
+            blocks_kept = c.reach_blocks
+        else:
+            blocks_kept = 1 if c.causal else c.context_blocks
         self.frames_kept = blocks_kept * c.block
         self.start = first * c.block                        # the next block's first frame
         self.kv = None                                      # cached: per layer (k, v)
@@ -62,18 +65,18 @@ class Context:
         zeros = prime.new_zeros(*prime.shape[:-1], c.block)
         with torch.no_grad():
             for block in [zeros] * (c.context_blocks - len(blocks)) + blocks:
-                if self.waiting and self.grows:
+                if self.waiting and self.keeps_cached:
                     self.predict()
                 self.append(block)
 
     def append(self, block):
         """A block (B, C, block) is finished. Block-causal, `predict` must have cached the one before it."""
-        lost = self.waiting and self.grows
+        lost = self.waiting and self.keeps_cached
         assert not lost, "the finished block before this one is not cached: call predict() between two blocks"
         self.finished = torch.cat([self.finished, block.detach()], dim=-1)[..., -self.frames_kept:]
         self.start = self.start + self.model.config.block
         self.waiting = True
-        if not self.grows:
+        if not self.keeps_cached:
             self.kv = None
 
     def predict(self, x=None, t=None):
