@@ -24,7 +24,7 @@ from torchaudio.transforms import MelSpectrogram
 from tqdm import tqdm
 
 import data
-from audio import decode_stream, decoder_margin, pcm
+from audio import decode_stream, decoder_margin, encode_chunks, pcm
 from common import (PRECISIONS, UserError, check_streams, default_checkpoint, device_of, finite, load,
                     playing_precision, run, speed, step_count, thread_count, whole, writable)
 from recordings import read_audio
@@ -185,16 +185,17 @@ def autocorrelation(audio, rate):
 def tempo_of(audio, rate):
     """Beats a minute of audio (2, n), between 50 and 214. NaN for less than 6 s and for silence.
 
-    The lag of 0.28 to 1.2 s after which the spectral flux returns best, after two and four of them as well,
-    lags far from half a second being less likely: a bell of one octave. The peak is refined by a parabola."""
+    The lag of 0.28 to 1.2 s after which the spectral flux returns best, and after two and four of them: the
+    geometric mean of the three, times a bell one octave wide around half a second, where people tap along.
+    The peak is refined by a parabola."""
     if audio.shape[-1] < 6 * rate:
         return math.nan
     similar = autocorrelation(audio, rate)
     lags = torch.arange(28, 121)
-    score = similar[lags]
+    score = similar[lags].clamp(min=0)
     for beats in 2, 4:                                      # 4 are 2 frames off where the lag is half a frame
-        score = score + highest(similar, beats // 2)[beats * lags]
-    score = score.clamp(min=0) * torch.exp(-0.5 * torch.log2(lags / 50).square())
+        score = score * highest(similar, beats // 2)[beats * lags].clamp(min=0)
+    score = score.pow(1 / 3) * torch.exp(-0.5 * torch.log2(lags / 50).square())
     if score.max() <= 0:
         return math.nan
     lag = lags[score.argmax()].item()
@@ -309,22 +310,24 @@ def key_obeyed(found, asked):
 def genre_features(audio, rate):
     """What tells genres apart (73,).
 
-    Of 16 log-mel bands the mean over time without the level, and the standard deviations of them and of
+    At a level of -20 dB, of 16 log-mel bands the means over time and the standard deviations of them and of
     their changes; onsets a second; how well the spectral flux returns after 24 lags from 0.2 to 2.4 s. Few
     bands and a high floor, so that what an autoencoder does to the treble counts less than the genre."""
+    audio = audio * (0.1 / audio.square().mean().sqrt().clamp(min=1e-6))
     mel = log_mel(audio, rate, bands=16).clamp(min=-30)
     similar = autocorrelation(audio, rate)
+    similar = F.pad(similar, (0, max(0, 242 - len(similar))))
     lags = torch.from_numpy(np.geomspace(20, 240, 24)).round().long()
     rhythm = highest(similar, 1)[lags] / similar[0].clamp(min=1e-6)
     onsets = torch.tensor([onsets_per_second(audio, rate)])
-    return torch.cat([mel.mean(0) - mel.mean(), mel.std(0), mel.diff(dim=0).std(0), onsets, rhythm]).double()
+    return torch.cat([mel.mean(0), mel.std(0), mel.diff(dim=0).std(0), onsets, rhythm]).double()
 
 
 def nearest_genre(heard, renders, genres):
     """Features (d,) -> the genre with the nearest centroid of renders (n, d). genres: a list of n names.
 
     Features are divided by their standard deviation over the renders. What varies within every genre counts
-    less: distances are measured by the covariance within genres, with 0.3 of a sphere."""
+    less: distances are measured by the covariance within genres, with 0.1 of a sphere."""
     names = sorted(set(genres))
     owner = torch.tensor([names.index(genre) for genre in genres])
     scale = renders.std(0).clamp(min=1e-6)
@@ -334,7 +337,7 @@ def nearest_genre(heard, renders, genres):
     covariance = within.T @ within / len(within)
     sphere = covariance.diagonal().mean().clamp(min=1e-6) * torch.eye(len(covariance)).to(covariance)
     difference = centroids - (heard - renders.mean(0)) / scale                              # (genres, d)
-    distance = (difference * torch.linalg.solve(0.7 * covariance + 0.3 * sphere, difference.T).T).sum(1)
+    distance = (difference * torch.linalg.solve(0.9 * covariance + 0.1 * sphere, difference.T).T).sum(1)
     return names[distance.argmin()]
 
 
@@ -386,7 +389,7 @@ def through_autoencoder(model, audio):
     """Audio (2, n) encoded and decoded again: what the best streams of such latents would sound like. Whole
     frames, on the CPU."""
     device = next(model.parameters()).device
-    latents = data.encode_chunks(model, [audio])
+    latents = encode_chunks(model, [audio])
     pieces = decode_stream(model.autoencoder, (z[None].to(device) for z in latents))
     return torch.cat([piece[0].cpu() for piece in pieces], dim=-1)
 
@@ -747,7 +750,7 @@ def parse_args():
     p.add_argument("--seeds", type=whole, help="number of streams (default: 8, with --obey 48)")
     p.add_argument("--excerpts", type=whole,
                    help="recordings of each side of the split, at most (default: 40); with --obey training "
-                        "recordings that show what genres are like (default: 200)")
+                        "recordings that show what genres are like (default: 400)")
     p.add_argument("--steps", type=step_count)
     p.add_argument("--cfg", type=finite)
     p.add_argument("--sampler", choices=SAMPLERS)
@@ -767,7 +770,7 @@ def parse_args():
     if args.obey and args.picture:
         raise UserError("--picture is for the figures without --obey")
     args.seeds = args.seeds or (48 if args.obey else 8)
-    args.excerpts = args.excerpts or (200 if args.obey else 40)
+    args.excerpts = args.excerpts or (400 if args.obey else 40)
     return args
 
 

@@ -14,6 +14,7 @@ A sceptic reads the first section: the claims that everything else rests on. The
     nano.py
     band.py
     measure.py
+    bench.py
     the README and docs
 """
 import argparse
@@ -52,6 +53,7 @@ import torchaudio
 
 import arc_forcing
 import audio as audio_io
+import bench
 import band
 import common
 import controls
@@ -3776,12 +3778,14 @@ def test_frechet_by_hand():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 3, generator=generator, dtype=torch.float64)
     x = torch.linalg.qr(x - x.mean(0))[0] * math.sqrt(499)    # mean 0, covariance exactly 1
-    a, b = x * torch.tensor([1.0, 2, 3]) + torch.tensor([0.0, 0, 5]), x.flip(0) * torch.tensor([4.0, 2, 1]) - torch.tensor([2.0, 0, 0])
+    a = x * torch.tensor([1.0, 2, 3]) + torch.tensor([0.0, 0, 5])
+    b = x.flip(0) * torch.tensor([4.0, 2, 1]) - torch.tensor([2.0, 0, 0])
     assert measure.frechet(a, b) == pytest.approx(2 ** 2 + 5 ** 2 + (1 - 4) ** 2 + (3 - 1) ** 2, rel=1e-6)
     # covariances no longer diagonal
     turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0]
     assert measure.frechet(a @ turn, b @ turn) == pytest.approx(42, rel=1e-6)
-    assert measure.frechet(a, a) == pytest.approx(0, abs=1e-6) and measure.frechet(a, b) == pytest.approx(measure.frechet(b, a))
+    assert measure.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert measure.frechet(a, b) == pytest.approx(measure.frechet(b, a))
 
 
 def melody(*pitches, each=0.5, rate=44100):
@@ -3800,9 +3804,10 @@ def test_onsets_and_chroma():
     assert measure.chroma_change(melody(*[0, 12, -12, 0] * 5), 44100) < 0.02    # octaves are one pitch class
     # the chord of two seconds ago is gone
     assert measure.chroma_change(melody(*([0] * 4 + [6] * 4) * 3), 44100) > 0.8
-    pause = lambda note: torch.cat([melody(*[note] * 2), torch.zeros(2, 44100)], dim=1)
-    rests = torch.cat([pause(0), pause(6)] * 4, dim=1)    # a second each, a second apart
-    assert measure.chroma_change(rests, 44100) > 0.8 and np.isnan(measure.chroma_change(torch.zeros(2, 4 * 44100), 44100))
+    rest = torch.zeros(2, 44100)
+    rests = torch.cat([melody(0, 0), rest, melody(6, 6), rest] * 4, dim=1)    # a second each, a second apart
+    assert measure.chroma_change(rests, 44100) > 0.8
+    assert np.isnan(measure.chroma_change(torch.zeros(2, 4 * 44100), 44100))
 
 
 def test_drift_summary_and_its_standard_errors():
@@ -3833,6 +3838,304 @@ def test_recordings_through_the_autoencoder():
     with torch.no_grad():
         expected = model.autoencoder.decode(model.autoencoder.encode(audio[None]))[0]
     assert (measure.through_autoencoder(model, audio) - expected).abs().max() < 1e-5
+
+
+def spread_clicks(bpm, seconds=10, late=0.0, rate=44100):
+    """A short click on every beat, `late` seconds after it: (2, n)."""
+    audio = 1e-4 * torch.randn(2, round(seconds * rate), generator=torch.Generator().manual_seed(0))
+    click = torch.exp(-torch.arange(400) / 60) * torch.randn(400, generator=torch.Generator().manual_seed(1))
+    beats = int((seconds - 0.1) * bpm / 60)
+    for beat in range(1, beats):
+        at = round((beat * 60 / bpm + late) * rate)
+        audio[:, at:at + 400] += 0.5 * click
+    return audio
+
+
+@pytest.mark.parametrize("bpm", (64.6, 92.3, 107.7, 130, 161.5))
+def test_tempo_of_clicks(bpm):
+    found = measure.tempo_of(spread_clicks(bpm), 44100)
+    assert found == pytest.approx(bpm, rel=0.01)
+    assert measure.tempo_obeyed(found, bpm, octaves=False)
+
+
+def test_tempo_where_there_is_none():
+    assert math.isnan(measure.tempo_of(torch.zeros(2, 10 * 44100), 44100))
+    assert math.isnan(measure.tempo_of(spread_clicks(92, seconds=5), 44100))
+    assert not measure.tempo_obeyed(math.nan, 92)
+
+
+def test_tempo_obeyed():
+    assert measure.tempo_obeyed(95.5, 92) and not measure.tempo_obeyed(96, 92)
+    assert measure.tempo_obeyed(184, 92) and measure.tempo_obeyed(46, 92)
+    assert not measure.tempo_obeyed(184, 92, octaves=False)
+    assert not measure.tempo_obeyed(138, 92) and measure.tempo_obeyed(138, 92, triplets=True)
+    assert not measure.tempo_obeyed(115, 92, triplets=True)     # five beats for four
+
+
+def cadence(tonic, mode, each=0.5, rate=44100):
+    """Three chords of a key, the tonic's at both ends: triads of sines with two harmonics each, (2, n)."""
+    third = 4 if mode == "major" else 3
+    chords = [(0, third, 7), (5, 5 + third, 12), (7, 11, 14), (0, third, 7)] * 3
+    t = torch.arange(round(each * rate)) / rate
+    sound = []
+    for chord in chords:
+        notes = [440 * 2 ** ((48 + tonic + step - 69) / 12) for step in chord]
+        sound.append(sum(torch.sin(2 * math.pi * hertz * n * t) / n for hertz in notes for n in (1, 2)))
+    return 0.05 * torch.cat(sound).repeat(2, 1)
+
+
+@pytest.mark.parametrize("mode", ("major", "minor"))
+def test_key_of_a_cadence(mode):
+    for tonic in (0, 1, 6, 9, 11):
+        found = measure.key_of(cadence(tonic, mode), 44100)
+        assert found == f"{measure.TONICS[tonic]} {mode}"
+
+
+def test_key_obeyed():
+    assert measure.key_obeyed("A minor", "C major") and measure.key_obeyed("C major", "A minor")
+    assert measure.key_obeyed("Db minor", "C# minor") and measure.key_obeyed("Ab major", "F minor")
+    assert not measure.key_obeyed("C minor", "C major") and not measure.key_obeyed("G major", "C major")
+    with pytest.raises(ValueError, match="is not a key"):
+        measure.scale_of("H major")
+
+
+def test_chroma_correlation():
+    """The same notes correlate, whatever plays them and however loud; other notes do not, nor the same at
+    other times."""
+    tune = [0, 3, 7, 12, 5, 2, 9, 4]
+    played = melody(*tune * 2)
+    assert measure.chroma_correlation(played, 0.1 * played, 44100) == pytest.approx(1, abs=1e-3)
+    brighter = (20 * played).tanh()                         # more harmonics
+    assert measure.chroma_correlation(played, brighter, 44100) > 0.7
+    higher = melody(*[note + 12 for note in tune * 2])
+    assert measure.chroma_correlation(played, higher, 44100) > 0.9
+    assert measure.chroma_correlation(played, melody(*[note + 6 for note in tune * 2]), 44100) < 0.3
+    assert measure.chroma_correlation(played, melody(*tune[::-1] * 2), 44100) < 0.3
+    assert measure.chroma_correlation(played, played[:, :44100], 44100) == pytest.approx(1, abs=1e-3)
+
+
+def test_beats_against_the_grid():
+    beat = 60 / 92.3
+    for late in (-0.02, 0, 0.015, 0.04):
+        offsets = measure.beat_offsets(spread_clicks(92.3, late=late), 44100, beat)
+        assert len(offsets) == 14 and (offsets - 1000 * late).abs().max() < 6
+        assert measure.on_the_grid(offsets) == (abs(late) < 0.025)
+    clicks = spread_clicks(92.3)
+    assert len(measure.beat_offsets(clicks, 44100, beat, first=beat / 2)) == 0    # nothing within 60 ms
+    assert len(measure.beat_offsets(clicks, 44100, beat, first=-3 * beat)) == 14    # any beat of the grid
+    assert len(measure.beat_offsets(clicks, 44100, beat / 2)) == 14    # half of these have no onset
+    assert math.isnan(measure.on_the_grid(measure.beat_offsets(torch.zeros(2, 44100), 44100, beat)))
+    times, length = torch.tensor([1.0, 2.01, 2.97, 4.04]), 5.0
+    assert measure.offsets_of(times, 1.0, 0.0, length).tolist() == pytest.approx([0, 10, -30, 40], abs=0.01)
+    assert measure.on_the_grid(measure.offsets_of(times, 1.0, 0.0, length)) == 0.5
+
+
+def test_seams():
+    block = 20000
+    noise = 0.1 * torch.randn(2, 60 * block, generator=torch.Generator().manual_seed(0))
+    energy, flux = measure.seams(noise, block)
+    assert energy == pytest.approx(1, abs=0.05) and flux == pytest.approx(1, abs=0.05)
+    quieter, clicking, elsewhere = noise.clone(), noise.clone(), noise.clone()
+    for boundary in range(block, 60 * block, block):
+        quieter[:, boundary - 441:boundary + 441] *= 0.5
+        clicking[:, boundary] += 5
+        elsewhere[:, boundary - block // 2] += 5            # what happens within a block is no seam
+    assert measure.seams(quieter, block)[0] == pytest.approx(0.25, abs=0.02)
+    assert measure.seams(clicking, block)[1] > 3
+    assert measure.seams(elsewhere, block)[1] < 1.1
+
+
+def test_level_brightness_and_width():
+    t = torch.arange(2 * 44100) / 44100
+    tone = 0.5 * torch.sin(2 * math.pi * 1000 * t).repeat(2, 1)
+    assert measure.level(tone) == pytest.approx(20 * math.log10(0.5) - 10 * math.log10(2), abs=0.01)
+    assert measure.brightness(tone, 44100) == pytest.approx(1000, rel=0.05)
+    assert measure.width(tone) == 0
+    assert measure.width(tone * torch.tensor([[1.0], [0.0]])) == pytest.approx(1)
+    assert measure.width(tone * torch.tensor([[1.0], [0.5]])) == pytest.approx(1 / 9)
+
+
+def test_ends_of_a_stream(capsys):
+    """The last seconds of a sound that gets softer, duller and narrower."""
+    generator = torch.Generator().manual_seed(0)
+    sound = 0.1 * torch.randn(2, 44100, generator=generator)
+    dull = torch.nn.functional.avg_pool1d(sound, 3, 1, 1)
+    dull = dull * (sound.square().mean() / dull.square().mean()).sqrt()
+    narrow = torch.stack([dull[0], dull[0]]) * 0.5 + dull * 0.5
+    soft = 0.5 * narrow * (sound.square().mean() / narrow.square().mean()).sqrt()
+    reference = measure.features(sound, 44100)
+    measure.compare_ends([torch.cat([sound, soft], dim=1)], reference, 44100, 1)
+    figures = re.search(r"distance ([\d.]+), .* level (\S+) dB, brightness (\S+) %, width (\S+) %",
+                        capsys.readouterr().out)
+    distance, loudness, bright, wide = map(float, figures.groups())
+    assert distance > 100 and loudness == pytest.approx(-6, abs=0.1)
+    assert bright < -20 and wide < -50
+
+
+def test_figures_of_an_autoencoder():
+    real, other = torch.randn(2, 1, 2, 44100, generator=torch.Generator().manual_seed(0))
+    other = other - (other * real).sum() / real.square().sum() * real       # orthogonal
+    noise = other * (real.norm() / other.norm())
+    for gain in (1, 0.3, -2):                               # neither level nor sign matters
+        assert measure.si_sdr(gain * (real + 0.1 * noise), real) == pytest.approx(20, abs=1e-3)
+    assert measure.si_sdr(real + noise, real) == pytest.approx(0, abs=1e-3)
+    assert measure.log_spectral_distance(0.1 * real, real) == pytest.approx(20, abs=0.01)
+    assert measure.log_spectral_distance(1e-7 * real, 1e-8 * real) == 0     # both below the floor
+    assert measure.log_spectral_distance(1e-7 * real, 1e-8 * real, floor=1e-9) == pytest.approx(20, abs=0.01)
+
+
+def test_nearest_genre():
+    """What varies within every genre must not decide, however large it is."""
+    generator = torch.Generator().manual_seed(0)
+    renders = torch.randn(60, 2, generator=generator, dtype=torch.float64)
+    genres = ["left", "right", "up"] * 20
+    places = {"left": (-1, 0), "right": (1, 0), "up": (0, 3)}
+    common = 10 * torch.randn(60, 1, generator=generator, dtype=torch.float64) * torch.ones(1, 2)
+    renders = 0.2 * renders + common + torch.tensor([places[genre] for genre in genres])
+    for genre, place in places.items():
+        heard = torch.tensor(place, dtype=torch.float64) + 4
+        assert measure.nearest_genre(heard, renders, genres) == genre
+    # a render does not vote for itself
+    alone = measure.genre_of_each([{"features": renders[0]}], [0], renders[[0, 1, 2, 4, 5]],
+                                  ["only one", "right", "up", "right", "up"])
+    assert alone[0] in ("right", "up")
+
+
+def test_genres_by_their_sound():
+    sounds = [spread_clicks(bpm) for bpm in (100, 110, 120)]
+    sounds += [cadence(tonic, "major", each) for tonic, each in ((0, 0.8), (2, 0.9), (5, 1.0))]
+    features = torch.stack([measure.genre_features(sound, 44100) for sound in sounds])
+    genres = ["clicks"] * 3 + ["chords"] * 3
+    assert measure.genre_of_each([{"features": x} for x in features], range(6), features, genres) == genres
+    softer = torch.stack([measure.genre_features(0.5 * sound, 44100) for sound in sounds])
+    assert (softer - features).abs().max() < 0.1            # the level is no part of a genre
+
+
+def test_excerpts_are_spread_over_all():
+    for count in (40, 41, 79, 80, 100, 1000):
+        chosen = measure.spread(list(range(count)), 40)
+        assert len(set(chosen)) == 40 and chosen == sorted(chosen)
+        assert max(np.diff([*chosen, count])) <= math.ceil(count / 40)
+    assert measure.spread([1, 2, 3], 40) == [1, 2, 3]
+
+
+def labelled_folder(folder, **spoiled):
+    """Cadences, some with clicks, three held out, and metadata.csv; spoiled: other values of the first row."""
+    rows = []
+    for i in range(8):
+        bpm = (92.25, 110, 130)[i % 3]
+        tonic = (0, 7, 2, 9)[i % 4]
+        name = f"{'validation' if i < 3 else 'train'}/{i}.wav"
+        chords = cadence(tonic, "major", each=2 * 60 / bpm)[:, :8 * 44100]      # a piece of 8 s
+        audio = chords if i % 2 else chords + spread_clicks(bpm, 8)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / name, audio.T.numpy(), 44100)
+        rows.append({"file_name": name, "text": "slow piano", "genre": ("clicks", "chords")[i % 2],
+                     "instruments": ("drums;piano", "piano")[i % 2], "key": f"{measure.TONICS[tonic]} major",
+                     "bpm": bpm, "first_beat": 0})
+    rows[0].update(spoiled)
+    measure.write_rows(folder / "metadata.csv", rows)
+    return folder
+
+
+class Table:
+    """The printed table of `--obey`: table[row, column] in %."""
+    def __init__(self, text):
+        lines = text.splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith("%"))
+        self.columns = lines[start].split()[1:]
+        self.lines = lines[start + 1:]
+
+    def __getitem__(self, place):
+        row, column = place
+        line = next(line for line in self.lines if line[:24].strip() == row)
+        return int(line[24:].split()[self.columns.index(column)])
+
+
+def test_obedience_of_players_that_are_known(tmp_path, monkeypatch, capsys):
+    """Whoever plays the renders obeys as often as they do; whoever plays another piece does not."""
+    folder = labelled_folder(tmp_path)
+    tracks = [data.Track(f"{side}/{i}.wav", "slow piano", None, 0, 8 * 44100 // TINY.hop)
+              for side, numbers in (("validation", range(3)), ("train", range(3, 8))) for i in numbers]
+    dataset = SimpleNamespace(train=tracks[3:], validation=tracks[:3])
+    renders = [measure.middle(folder, track, TINY, 8)[0] for track in tracks]
+    monkeypatch.setattr(measure, "through_autoencoder", lambda model, audio: audio)
+    args = SimpleNamespace(data=folder, seconds=8, seeds=3, excerpts=10)
+
+    def table(played):
+        monkeypatch.setattr(measure, "make_streams", lambda *_: [(renders[i], None) for i in played])
+        measure.obey(tiny(), dataset, args)
+        return Table(capsys.readouterr().out)
+
+    obeyed = table([0, 1, 2])
+    for row in "key or its relative", "key", "tempo, octaves allowed", "tempo", "genre":
+        assert [obeyed[row, column] for column in ("streams", "decoded", "renders")] == [100] * 3
+    assert obeyed["beats on the grid", "streams"] == obeyed["beats on the grid", "renders"] > 90
+    assert obeyed["key", "others'"] == 0                    # all keys differ
+    ignored = table([1, 0, 1])                              # keys and genres of other pieces, no clicks
+    assert ignored["key", "streams"] == ignored["key or its relative", "streams"] == 0
+    assert ignored["genre", "streams"] == 0 and ignored["tempo", "streams"] == 0
+    assert ignored["key", "renders"] == 100
+
+
+def test_obey_command(tmp_path, monkeypatch, capsys):
+    labelled_folder(tmp_path / "band")
+    common.save(tiny(block=48), tmp_path / "long.pt")       # longer blocks, fewer of them
+    monkeypatch.chdir(tmp_path)
+    options = "--data band --ckpt long.pt --obey --seconds 1 --steps 1 --seeds 4 --excerpts 3 --threads 2"
+    monkeypatch.setattr(sys, "argv", ["measure.py", *options.split()])
+    common.run(measure.main)
+    table = Table(capsys.readouterr().out)
+    assert table.columns == ["streams", "decoded", "renders", "others'"]
+    assert 0 <= table["genre", "streams"] <= 100
+
+
+@pytest.mark.parametrize("spoiled, message", (
+    ({"bpm": "fast"}, "could not convert"), ({"bpm": ""}, "could not convert"),
+    ({"key": "H major"}, "'H major' is not a key")))
+def test_bad_labels(spoiled, message, tmp_path, tiny_file, call):
+    labelled_folder(tmp_path / "band", **spoiled)
+    status, err = call(measure.main, "--data", "band", "--ckpt", tiny_file, "--obey")
+    assert status == 2 and message in err and "validation/0.wav" in err
+
+
+def test_labels_that_are_missing(tmp_path, music, tiny_file, call):
+    status, err = call(measure.main, "--data", music, "--ckpt", tiny_file, "--obey")
+    assert status == 2 and "--obey needs the labels of" in err
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "metadata.csv").write_text("file_name,text,key\na.wav,piano,C major\n")
+    status, err = call(measure.main, "--data", "few", "--ckpt", tiny_file, "--obey")
+    assert status == 2 and "needs the columns genre, instruments, bpm, first_beat" in err
+    status, err = call(measure.main, "--data", "few", "--ckpt", tiny_file, "--obey", "--drift")
+    assert status == 2 and "one at a time" in err
+
+
+# -------------------------------------------------------------------------------- bench.py
+def test_bench_counts_what_it_should(monkeypatch):
+    """Columns that need one stream are empty with more; the floors do as many products as the networks."""
+    monkeypatch.setitem(PRESETS, "tiny", replace(TINY, block=48))           # a block settles some audio
+    args = SimpleNamespace(seed=0, compile=False, repeats=1)
+    one, two = (bench.row("tiny", True, 2, batch, args, torch.device("cpu"), "float32") for batch in (1, 2))
+    alone = {"floor", "outpaint", "decode floor", "whole"}
+    assert {name for name, figure in two.items() if math.isnan(figure)} == alone
+    assert not any(math.isnan(figure) for figure in one.values()) and set(one) == set(two)
+    model = tiny()
+    layers = sum(p.numel() for layer in model.dit.layers for name, p in layer.named_parameters()
+                 if not name.startswith("cross_attention.kv"))
+    assert one["weights"] == 4 * (2 * layers + sum(p.numel() for p in model.autoencoder.decoder.parameters()))
+
+
+def test_bench_floor_sees_every_layer():
+    model = tiny()
+    cond = condition(model, "piano")
+    blocks = torch.randn(1, 8, TINY.context)
+    seen = bench.recorded(model.dit.layers, torch.nn.Linear,
+                          lambda: latents_of(model, cond, 1, steps=1, prime=blocks))
+    kinds = {id(layer) for layer, _ in seen}
+    linears = {id(m) for name, m in model.dit.layers.named_modules()
+               if isinstance(m, torch.nn.Linear) and "cross_attention.kv" not in name}
+    assert linears <= kinds
+    assert all(not layer._forward_pre_hooks for layer, _ in seen)       # nothing is left behind
 
 
 # -------------------------------------------------------------------------------- the README and docs
