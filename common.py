@@ -256,7 +256,7 @@ def is_floats(value):
 
 
 def check_sizes(config):
-    """ValueError where a field of a Config that was read has another type than its default, or is too small."""
+    """ValueError where a field of a Config that was read is not of its default's type, or out of bounds."""
     for field in fields(Config):
         value = getattr(config, field.name)
         numbers = [n for n in (value if isinstance(value, tuple) else [value]) if type(n) is int]
@@ -264,8 +264,9 @@ def check_sizes(config):
         most = 1000 if field.name == "depth" else 10 ** 9   # it would be built for ever
         if type(value) is not type(field.default) or any(not least <= n <= most for n in numbers):
             raise ValueError(f"its config says {field.name} = {value!r}")
-    names = {"prompt", *(name for name, _, _ in config.numbers)}
-    if not {*config.cross_ids, *config.global_ids} <= names or any(not low < high for _, low, high in config.numbers):
+    known = {"prompt", *(name for name, _, _ in config.numbers)}
+    named = {*config.cross_ids, *config.global_ids}
+    if not named <= known or not all(low < high for _, low, high in config.numbers):
         raise ValueError(f"its config says {config.numbers}, {config.cross_ids}, {config.global_ids}")
 
 
@@ -278,7 +279,8 @@ def check_sampling(config, stage, sampling):
         if not isinstance(sampling[name], kinds[name]):
             raise ValueError(f"it recommends {name} = {sampling[name]!r} for playing")
     words = sampling.get("words", {})
-    if isinstance(words, dict) and not all(1 <= row <= config.text_width for row in words.values()):
+    rows = words.values() if isinstance(words, dict) else []
+    if not all(type(row) is int and 1 <= row <= config.text_width for row in rows):
         raise ValueError("some of its words have no row of the table")
 
 

@@ -855,7 +855,8 @@ def test_checkpoints_that_are_something_else(tmp_path, tiny_file):
         refused({**saved, "weights": {**saved["weights"], name: wrong}}, f"{name} is no tensor of finite float")
     refused({**saved, "weights": [1, 2]}, "a.pt: ")
     refused({**saved, "config": "large"}, "a.pt: ")
-    wrong = dict(block=0, width="64", causal=None, heads=2.0, depth=2 ** 70, ae_strides=(0, 4, 4))
+    wrong = dict(block=0, width="64", causal=None, heads=2.0, depth=2 ** 70, ae_strides=(0, 4, 4),
+                 cross_ids=("prompt", "mood"), numbers=(("seconds_total", 256, 0),))
     for field, value in wrong.items():
         refused({**saved, "config": {**saved["config"], field: value}}, "a.pt: ")
     for recommended in (dict(steps="8"), dict(cfg=None), dict(sampler=3), dict(words="a b"), dict(words=[1]),
@@ -3385,7 +3386,7 @@ def test_prompts_without_transformers(monkeypatch):
 
 def test_prompt_file_refuses_other_files(tmp_path):
     torch.save({"prompts": ["a", "b"], "embeddings": torch.zeros(1, 4, 8)}, tmp_path / "short.pt")
-    for path in (tmp_path / "short.pt", tmp_path / "nowhere.pt", GOLDEN / "README.md"):
+    for path in (tmp_path / "short.pt", tmp_path / "nowhere.pt", GOLDEN / "README.md", Path("/dev/full")):
         with pytest.raises(UserError, match="not a file of encoded prompts"):
             port.load_prompts(path)
 
