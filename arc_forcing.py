@@ -514,13 +514,9 @@ def check_options(args):
     """UserError for options that do not go together."""
     if args.g_warmup and Path(args.init).resolve() == Path(args.out).resolve():
         raise UserError(f"--out {args.out} would overwrite the warm-up's teacher, --init: name another")
-    if args.resume:
-        return
-    if args.on_policy > args.g_warmup:
-        raise UserError(f"--on-policy {args.on_policy}: these are the last of the steps of --g-warmup, "
-                        f"{args.g_warmup}")
-    if not args.g_warmup and (args.teacher_steps, args.teacher_cfg) != (None, None):
-        raise UserError("--teacher-steps and --teacher-cfg are of G's warm-up, which has no steps: "
+    of_warmup = args.on_policy, args.teacher_steps, args.teacher_cfg
+    if not args.g_warmup and not args.resume and of_warmup != (0, None, None):
+        raise UserError("--on-policy, --teacher-steps and --teacher-cfg are of G's warm-up, which has no steps: "
                         "--g-warmup")
 
 
