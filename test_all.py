@@ -58,6 +58,7 @@ import band
 import common
 import controls
 import data
+import figures
 import finetune
 import measure
 import nano
@@ -3781,12 +3782,12 @@ def test_frechet_by_hand():
     x = torch.linalg.qr(x - x.mean(0))[0] * math.sqrt(499)    # mean 0, covariance exactly 1
     a = x * torch.tensor([1.0, 2, 3]) + torch.tensor([0.0, 0, 5])
     b = x.flip(0) * torch.tensor([4.0, 2, 1]) - torch.tensor([2.0, 0, 0])
-    assert measure.frechet(a, b) == pytest.approx(2 ** 2 + 5 ** 2 + (1 - 4) ** 2 + (3 - 1) ** 2, rel=1e-6)
+    assert figures.frechet(a, b) == pytest.approx(2 ** 2 + 5 ** 2 + (1 - 4) ** 2 + (3 - 1) ** 2, rel=1e-6)
     # covariances no longer diagonal
     turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))[0]
-    assert measure.frechet(a @ turn, b @ turn) == pytest.approx(42, rel=1e-6)
-    assert measure.frechet(a, a) == pytest.approx(0, abs=1e-6)
-    assert measure.frechet(a, b) == pytest.approx(measure.frechet(b, a))
+    assert figures.frechet(a @ turn, b @ turn) == pytest.approx(42, rel=1e-6)
+    assert figures.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert figures.frechet(a, b) == pytest.approx(figures.frechet(b, a))
 
 
 def melody(*pitches, each=0.5, rate=44100):
@@ -3798,17 +3799,17 @@ def melody(*pitches, each=0.5, rate=44100):
 
 def test_onsets_and_chroma():
     # half a second each
-    assert measure.onsets_per_second(melody(0, 3, 7, 12, 0, 3, 7, 12), 44100) == pytest.approx(2, abs=0.26)
-    assert measure.onsets_per_second(melody(*range(12), each=0.25), 44100) == pytest.approx(4, abs=0.35)
-    assert measure.onsets_per_second(torch.zeros(2, 88200), 44100) == 0
-    assert measure.chroma_change(melody(*[0] * 20), 44100) < 0.02
-    assert measure.chroma_change(melody(*[0, 12, -12, 0] * 5), 44100) < 0.02    # octaves are one pitch class
+    assert figures.onsets_per_second(melody(0, 3, 7, 12, 0, 3, 7, 12), 44100) == pytest.approx(2, abs=0.26)
+    assert figures.onsets_per_second(melody(*range(12), each=0.25), 44100) == pytest.approx(4, abs=0.35)
+    assert figures.onsets_per_second(torch.zeros(2, 88200), 44100) == 0
+    assert figures.chroma_change(melody(*[0] * 20), 44100) < 0.02
+    assert figures.chroma_change(melody(*[0, 12, -12, 0] * 5), 44100) < 0.02    # octaves are one pitch class
     # the chord of two seconds ago is gone
-    assert measure.chroma_change(melody(*([0] * 4 + [6] * 4) * 3), 44100) > 0.8
+    assert figures.chroma_change(melody(*([0] * 4 + [6] * 4) * 3), 44100) > 0.8
     rest = torch.zeros(2, 44100)
     rests = torch.cat([melody(0, 0), rest, melody(6, 6), rest] * 4, dim=1)    # a second each, a second apart
-    assert measure.chroma_change(rests, 44100) > 0.8
-    assert np.isnan(measure.chroma_change(torch.zeros(2, 4 * 44100), 44100))
+    assert figures.chroma_change(rests, 44100) > 0.8
+    assert np.isnan(figures.chroma_change(torch.zeros(2, 4 * 44100), 44100))
 
 
 def test_drift_summary_and_its_standard_errors():
@@ -3825,7 +3826,7 @@ def test_drift_summary_and_its_standard_errors():
 def test_distance_by_chance():
     alike = [melody(0, 3, 7, 12, each=each) for each in (0.3, 0.4, 0.5)]
     quiet = [0.1 * a for a in alike]
-    reference = torch.cat([measure.features(a, 44100) for a in alike])
+    reference = torch.cat([figures.features(a, 44100) for a in alike])
     whole = measure.by_chance(alike, reference, 3, 10 ** 6, 44100, draws=2)
     assert max(whole) < 1e-3    # all recordings, whole: the reference itself
     some = measure.by_chance(alike, reference, 2, 22050, 44100, draws=6)
@@ -3854,23 +3855,23 @@ def spread_clicks(bpm, seconds=10, late=0.0, rate=44100):
 
 @pytest.mark.parametrize("bpm", (64.6, 92.3, 107.7, 130, 161.5))
 def test_tempo_of_clicks(bpm):
-    found = measure.tempo_of(spread_clicks(bpm), 44100)
+    found = figures.tempo_of(spread_clicks(bpm), 44100)
     assert found == pytest.approx(bpm, rel=0.01)
-    assert measure.tempo_obeyed(found, bpm, octaves=False)
+    assert figures.tempo_obeyed(found, bpm, octaves=False)
 
 
 def test_tempo_where_there_is_none():
-    assert math.isnan(measure.tempo_of(torch.zeros(2, 10 * 44100), 44100))
-    assert math.isnan(measure.tempo_of(spread_clicks(92, seconds=5), 44100))
-    assert not measure.tempo_obeyed(math.nan, 92)
+    assert math.isnan(figures.tempo_of(torch.zeros(2, 10 * 44100), 44100))
+    assert math.isnan(figures.tempo_of(spread_clicks(92, seconds=5), 44100))
+    assert not figures.tempo_obeyed(math.nan, 92)
 
 
 def test_tempo_obeyed():
-    assert measure.tempo_obeyed(95.5, 92) and not measure.tempo_obeyed(96, 92)
-    assert measure.tempo_obeyed(184, 92) and measure.tempo_obeyed(46, 92)
-    assert not measure.tempo_obeyed(184, 92, octaves=False)
-    assert not measure.tempo_obeyed(138, 92) and measure.tempo_obeyed(138, 92, triplets=True)
-    assert not measure.tempo_obeyed(115, 92, triplets=True)     # five beats for four
+    assert figures.tempo_obeyed(95.5, 92) and not figures.tempo_obeyed(96, 92)
+    assert figures.tempo_obeyed(184, 92) and figures.tempo_obeyed(46, 92)
+    assert not figures.tempo_obeyed(184, 92, octaves=False)
+    assert not figures.tempo_obeyed(138, 92) and figures.tempo_obeyed(138, 92, triplets=True)
+    assert not figures.tempo_obeyed(115, 92, triplets=True)     # five beats for four
 
 
 def cadence(tonic, mode, each=0.5, rate=44100):
@@ -3888,16 +3889,16 @@ def cadence(tonic, mode, each=0.5, rate=44100):
 @pytest.mark.parametrize("mode", ("major", "minor"))
 def test_key_of_a_cadence(mode):
     for tonic in (0, 1, 6, 9, 11):
-        found = measure.key_of(cadence(tonic, mode), 44100)
-        assert found == f"{measure.TONICS[tonic]} {mode}"
+        found = figures.key_of(cadence(tonic, mode), 44100)
+        assert found == f"{figures.TONICS[tonic]} {mode}"
 
 
 def test_key_obeyed():
-    assert measure.key_obeyed("A minor", "C major") and measure.key_obeyed("C major", "A minor")
-    assert measure.key_obeyed("Db minor", "C# minor") and measure.key_obeyed("Ab major", "F minor")
-    assert not measure.key_obeyed("C minor", "C major") and not measure.key_obeyed("G major", "C major")
+    assert figures.key_obeyed("A minor", "C major") and figures.key_obeyed("C major", "A minor")
+    assert figures.key_obeyed("Db minor", "C# minor") and figures.key_obeyed("Ab major", "F minor")
+    assert not figures.key_obeyed("C minor", "C major") and not figures.key_obeyed("G major", "C major")
     with pytest.raises(ValueError, match="is not a key"):
-        measure.scale_of("H major")
+        figures.scale_of("H major")
 
 
 def test_chroma_correlation():
@@ -3905,55 +3906,55 @@ def test_chroma_correlation():
     other times."""
     tune = [0, 3, 7, 12, 5, 2, 9, 4]
     played = melody(*tune * 2)
-    assert measure.chroma_correlation(played, 0.1 * played, 44100) == pytest.approx(1, abs=1e-3)
+    assert figures.chroma_correlation(played, 0.1 * played, 44100) == pytest.approx(1, abs=1e-3)
     brighter = (20 * played).tanh()                         # more harmonics
-    assert measure.chroma_correlation(played, brighter, 44100) > 0.7
+    assert figures.chroma_correlation(played, brighter, 44100) > 0.7
     higher = melody(*[note + 12 for note in tune * 2])
-    assert measure.chroma_correlation(played, higher, 44100) > 0.9
-    assert measure.chroma_correlation(played, melody(*[note + 6 for note in tune * 2]), 44100) < 0.3
-    assert measure.chroma_correlation(played, melody(*tune[::-1] * 2), 44100) < 0.3
-    assert measure.chroma_correlation(played, played[:, :44100], 44100) == pytest.approx(1, abs=1e-3)
+    assert figures.chroma_correlation(played, higher, 44100) > 0.9
+    assert figures.chroma_correlation(played, melody(*[note + 6 for note in tune * 2]), 44100) < 0.3
+    assert figures.chroma_correlation(played, melody(*tune[::-1] * 2), 44100) < 0.3
+    assert figures.chroma_correlation(played, played[:, :44100], 44100) == pytest.approx(1, abs=1e-3)
 
 
 def test_beats_against_the_grid():
     beat = 60 / 92.3
     for late in (-0.02, 0, 0.015, 0.04):
-        offsets = measure.beat_offsets(spread_clicks(92.3, late=late), 44100, beat)
+        offsets = figures.beat_offsets(spread_clicks(92.3, late=late), 44100, beat)
         assert len(offsets) == 14 and (offsets - 1000 * late).abs().max() < 6
-        assert measure.on_the_grid(offsets) == (abs(late) < 0.025)
+        assert figures.on_the_grid(offsets) == (abs(late) < 0.025)
     clicks = spread_clicks(92.3)
-    assert len(measure.beat_offsets(clicks, 44100, beat, first=beat / 2)) == 0    # nothing within 60 ms
-    assert len(measure.beat_offsets(clicks, 44100, beat, first=-3 * beat)) == 14    # any beat of the grid
-    assert len(measure.beat_offsets(clicks, 44100, beat / 2)) == 14    # half of these have no onset
-    assert math.isnan(measure.on_the_grid(measure.beat_offsets(torch.zeros(2, 44100), 44100, beat)))
+    assert len(figures.beat_offsets(clicks, 44100, beat, first=beat / 2)) == 0    # nothing within 60 ms
+    assert len(figures.beat_offsets(clicks, 44100, beat, first=-3 * beat)) == 14    # any beat of the grid
+    assert len(figures.beat_offsets(clicks, 44100, beat / 2)) == 14    # half of these have no onset
+    assert math.isnan(figures.on_the_grid(figures.beat_offsets(torch.zeros(2, 44100), 44100, beat)))
     times, length = torch.tensor([1.0, 2.01, 2.97, 4.04]), 5.0
-    assert measure.offsets_of(times, 1.0, 0.0, length).tolist() == pytest.approx([0, 10, -30, 40], abs=0.01)
-    assert measure.on_the_grid(measure.offsets_of(times, 1.0, 0.0, length)) == 0.5
+    assert figures.offsets_of(times, 1.0, 0.0, length).tolist() == pytest.approx([0, 10, -30, 40], abs=0.01)
+    assert figures.on_the_grid(figures.offsets_of(times, 1.0, 0.0, length)) == 0.5
 
 
 def test_seams():
     block = 20000
     noise = 0.1 * torch.randn(2, 60 * block, generator=torch.Generator().manual_seed(0))
-    energy, flux = measure.seams(noise, block)
+    energy, flux = figures.seams(noise, block)
     assert energy == pytest.approx(1, abs=0.05) and flux == pytest.approx(1, abs=0.05)
     quieter, clicking, elsewhere = noise.clone(), noise.clone(), noise.clone()
     for boundary in range(block, 60 * block, block):
         quieter[:, boundary - 441:boundary + 441] *= 0.5
         clicking[:, boundary] += 5
         elsewhere[:, boundary - block // 2] += 5            # what happens within a block is no seam
-    assert measure.seams(quieter, block)[0] == pytest.approx(0.25, abs=0.02)
-    assert measure.seams(clicking, block)[1] > 3
-    assert measure.seams(elsewhere, block)[1] < 1.1
+    assert figures.seams(quieter, block)[0] == pytest.approx(0.25, abs=0.02)
+    assert figures.seams(clicking, block)[1] > 3
+    assert figures.seams(elsewhere, block)[1] < 1.1
 
 
 def test_level_brightness_and_width():
     t = torch.arange(2 * 44100) / 44100
     tone = 0.5 * torch.sin(2 * math.pi * 1000 * t).repeat(2, 1)
-    assert measure.level(tone) == pytest.approx(20 * math.log10(0.5) - 10 * math.log10(2), abs=0.01)
-    assert measure.brightness(tone, 44100) == pytest.approx(1000, rel=0.05)
-    assert measure.width(tone) == 0
-    assert measure.width(tone * torch.tensor([[1.0], [0.0]])) == pytest.approx(1)
-    assert measure.width(tone * torch.tensor([[1.0], [0.5]])) == pytest.approx(1 / 9)
+    assert figures.level(tone) == pytest.approx(20 * math.log10(0.5) - 10 * math.log10(2), abs=0.01)
+    assert figures.brightness(tone, 44100) == pytest.approx(1000, rel=0.05)
+    assert figures.width(tone) == 0
+    assert figures.width(tone * torch.tensor([[1.0], [0.0]])) == pytest.approx(1)
+    assert figures.width(tone * torch.tensor([[1.0], [0.5]])) == pytest.approx(1 / 9)
 
 
 def test_ends_of_a_stream(capsys):
@@ -3964,7 +3965,7 @@ def test_ends_of_a_stream(capsys):
     dull = dull * (sound.square().mean() / dull.square().mean()).sqrt()
     narrow = torch.stack([dull[0], dull[0]]) * 0.5 + dull * 0.5
     soft = 0.5 * narrow * (sound.square().mean() / narrow.square().mean()).sqrt()
-    reference = measure.features(sound, 44100)
+    reference = figures.features(sound, 44100)
     measure.compare_ends([torch.cat([sound, soft], dim=1)], reference, 44100, 1)
     figures = re.search(r"distance ([\d.]+), .* level (\S+) dB, brightness (\S+) %, width (\S+) %",
                         capsys.readouterr().out)
@@ -3978,11 +3979,11 @@ def test_figures_of_an_autoencoder():
     other = other - (other * real).sum() / real.square().sum() * real       # orthogonal
     noise = other * (real.norm() / other.norm())
     for gain in (1, 0.3, -2):                               # neither level nor sign matters
-        assert measure.si_sdr(gain * (real + 0.1 * noise), real) == pytest.approx(20, abs=1e-3)
-    assert measure.si_sdr(real + noise, real) == pytest.approx(0, abs=1e-3)
-    assert measure.log_spectral_distance(0.1 * real, real) == pytest.approx(20, abs=0.01)
-    assert measure.log_spectral_distance(1e-7 * real, 1e-8 * real) == 0     # both below the floor
-    assert measure.log_spectral_distance(1e-7 * real, 1e-8 * real, floor=1e-9) == pytest.approx(20, abs=0.01)
+        assert figures.si_sdr(gain * (real + 0.1 * noise), real) == pytest.approx(20, abs=1e-3)
+    assert figures.si_sdr(real + noise, real) == pytest.approx(0, abs=1e-3)
+    assert figures.log_spectral_distance(0.1 * real, real) == pytest.approx(20, abs=0.01)
+    assert figures.log_spectral_distance(1e-7 * real, 1e-8 * real) == 0     # both below the floor
+    assert figures.log_spectral_distance(1e-7 * real, 1e-8 * real, floor=1e-9) == pytest.approx(20, abs=0.01)
 
 
 def test_nearest_genre():
@@ -3995,7 +3996,7 @@ def test_nearest_genre():
     renders = 0.2 * renders + common + torch.tensor([places[genre] for genre in genres])
     for genre, place in places.items():
         heard = torch.tensor(place, dtype=torch.float64) + 4
-        assert measure.nearest_genre(heard, renders, genres) == genre
+        assert figures.nearest_genre(heard, renders, genres) == genre
     # a render does not vote for itself
     alone = measure.genre_of_each([{"features": renders[0]}], [0], renders[[0, 1, 2, 4, 5]],
                                   ["only one", "right", "up", "right", "up"])
@@ -4005,10 +4006,10 @@ def test_nearest_genre():
 def test_genres_by_their_sound():
     sounds = [spread_clicks(bpm) for bpm in (100, 110, 120)]
     sounds += [cadence(tonic, "major", each) for tonic, each in ((0, 0.8), (2, 0.9), (5, 1.0))]
-    features = torch.stack([measure.genre_features(sound, 44100) for sound in sounds])
+    features = torch.stack([figures.genre_features(sound, 44100) for sound in sounds])
     genres = ["clicks"] * 3 + ["chords"] * 3
     assert measure.genre_of_each([{"features": x} for x in features], range(6), features, genres) == genres
-    softer = torch.stack([measure.genre_features(0.5 * sound, 44100) for sound in sounds])
+    softer = torch.stack([figures.genre_features(0.5 * sound, 44100) for sound in sounds])
     assert (softer - features).abs().max() < 0.1            # the level is no part of a genre
 
 
@@ -4032,7 +4033,7 @@ def labelled_folder(folder, **spoiled):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(folder / name, audio.T.numpy(), 44100)
         rows.append({"file_name": name, "text": "slow piano", "genre": ("clicks", "chords")[i % 2],
-                     "instruments": ("drums;piano", "piano")[i % 2], "key": f"{measure.TONICS[tonic]} major",
+                     "instruments": ("drums;piano", "piano")[i % 2], "key": f"{figures.TONICS[tonic]} major",
                      "bpm": bpm, "first_beat": 0})
     rows[0].update(spoiled)
     measure.write_rows(folder / "metadata.csv", rows)
