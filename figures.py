@@ -1,4 +1,4 @@
-"""Figures of a sound: spectra, onsets, chroma, tempo, key, genre, beats, seams, and how far a copy is from it.
+"""Figures of a sound: spectra, onsets, chroma, tempo, key, genre, beats, seams, the distance of a copy.
 
 Everything takes audio (2, n) in [-1, 1] and its rate in Hz, and nothing needs more than torch.
 """

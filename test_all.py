@@ -3967,9 +3967,9 @@ def test_ends_of_a_stream(capsys):
     soft = 0.5 * narrow * (sound.square().mean() / narrow.square().mean()).sqrt()
     reference = figures.features(sound, 44100)
     measure.compare_ends([torch.cat([sound, soft], dim=1)], reference, 44100, 1)
-    figures = re.search(r"distance ([\d.]+), .* level (\S+) dB, brightness (\S+) %, width (\S+) %",
+    said = re.search(r"distance ([\d.]+), .* level (\S+) dB, brightness (\S+) %, width (\S+) %",
                         capsys.readouterr().out)
-    distance, loudness, bright, wide = map(float, figures.groups())
+    distance, loudness, bright, wide = map(float, said.groups())
     assert distance > 100 and loudness == pytest.approx(-6, abs=0.1)
     assert bright < -20 and wide < -50
 
