@@ -516,8 +516,8 @@ def check_options(args):
         raise UserError(f"--out {args.out} would overwrite the warm-up's teacher, --init: name another")
     of_warmup = args.on_policy, args.teacher_steps, args.teacher_cfg
     if not args.g_warmup and not args.resume and of_warmup != (0, None, None):
-        raise UserError("--on-policy, --teacher-steps and --teacher-cfg are of G's warm-up, which has no steps: "
-                        "--g-warmup")
+        raise UserError("--on-policy, --teacher-steps and --teacher-cfg are of G's warm-up, which has no "
+                        "steps: --g-warmup")
 
 
 def start_networks(args, saved):
