@@ -3860,6 +3860,17 @@ def test_tempo_of_clicks(bpm):
     assert figures.tempo_obeyed(found, bpm, octaves=False)
 
 
+def test_tempo_is_a_lag_that_repeats(monkeypatch):
+    """Dotted rhythms return best after a lag that is no beat: twice and four times as late they do not."""
+    similar = torch.zeros(1000)
+    similar[58] = 0.9
+    similar[[46, 92, 184]] = 0.6
+    monkeypatch.setattr(figures, "autocorrelation", lambda audio, rate: similar)
+    assert figures.tempo_of(torch.zeros(2, 441000), 44100) == pytest.approx(6000 / 46)
+    similar[47] = 0.3                                       # the parabola's top lies towards it
+    assert 6000 / 46.5 < figures.tempo_of(torch.zeros(2, 441000), 44100) < 6000 / 46.1
+
+
 def test_tempo_where_there_is_none():
     assert math.isnan(figures.tempo_of(torch.zeros(2, 10 * 44100), 44100))
     assert math.isnan(figures.tempo_of(spread_clicks(92, seconds=5), 44100))
@@ -3913,6 +3924,9 @@ def test_chroma_correlation():
     assert figures.chroma_correlation(played, higher, 44100) > 0.9
     assert figures.chroma_correlation(played, melody(*[note + 6 for note in tune * 2]), 44100) < 0.3
     assert figures.chroma_correlation(played, melody(*tune[::-1] * 2), 44100) < 0.3
+    assert figures.chroma_correlation(played, melody(*[tune[0]] * 16), 44100) < 0.5
+    fading = played * torch.logspace(0, -2, played.shape[1])
+    assert figures.chroma_correlation(played, fading, 44100) > 0.95
     assert figures.chroma_correlation(played, played[:, :44100], 44100) == pytest.approx(1, abs=1e-3)
 
 
