@@ -499,7 +499,7 @@ def pack(args):
 
 
 # -------------------------------------------------------------------------------- command line
-def main():
+def parser():
     p = argparse.ArgumentParser(description="Make the small model that ships here, stage by stage.",
                                 allow_abbrev=False)
     stages = p.add_subparsers(dest="stage", required=True)
@@ -553,7 +553,11 @@ def main():
                    help="recommend int8 on CPUs: measure.py --precision int8 gave the same figures")
     s.add_argument("--prompt", default="moderate arpeggios in C major on marimba")
     s.set_defaults(run=pack)
-    args = p.parse_args()
+    return p
+
+
+def main():
+    args = parser().parse_args()
     torch.set_flush_denormal(True)
     if speed:
         speed.keep_memory()
