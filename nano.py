@@ -38,6 +38,7 @@ from chorales import make_data
 from common import (UserError, finite, load, not_negative, positive_finite, random_seed, read_checkpoint,
                     run, save, save_whole, speed, step_count, thread_count, whole, writable)
 from data import audio_files, split
+from figures import log_spectral_distance
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta
 from recordings import read_audio
 from sample import SAMPLERS
@@ -138,12 +139,6 @@ def reconstruction_loss(made, real):
 def posterior_loss(mean, std):
     """Kullback-Leibler divergence of the posterior from a unit Gaussian, in nats a frame. (B, C, T) each."""
     return 0.5 * (mean.square() + std.square() - 2 * std.log() - 1).sum(1).mean()
-
-
-def log_spectral_distance(made, real):
-    """Mean |difference| of 20 log10 of 2048-point STFT magnitudes, floor 1e-3, in dB. (B, 2, n) each."""
-    a, b = (spectrum(x, 2048).abs().clamp(min=1e-3).log10() for x in (made, real))
-    return 20 * (a - b).abs().mean().item()
 
 
 def snr(made, real):
