@@ -250,10 +250,11 @@ def draw_batch(tracks, config, batch, blocks, most, rows, seed, phase, step):
 
     def draw(length=c.block):
         return torch.randn(batch, c.channels, length, generator=generator)[rows]
-    latents, prompts, absent = data.crops_at(tracks, total, c.block, positions[rows])
-    others = data.crops_at(tracks, 1, c.block, np.roll(positions, 1)[rows])[1]
+    crops = data.crops_at(tracks, total, c.block, positions[rows])
+    latents, prompts = crops.latents, crops.prompts
+    others = data.crops_at(tracks, 1, c.block, np.roll(positions, 1)[rows]).prompts
     music = torch.ones(len(latents), total)                 # in blocks
-    for i, (gone, short) in enumerate(zip(missing[rows], absent.tolist())):
+    for i, (gone, short) in enumerate(zip(missing[rows], crops.missing.tolist())):
         early = max(0, short - c.context_blocks)            # blocks that a short track is moved to the left
         latents[i] = latents[i].roll(-early * c.block, dims=-1)
         latents[i, :, :gone * c.block] = 0
@@ -633,7 +634,7 @@ def main():
     else:
         say_changes(saved.get("tracks", tracks), tracks, rank)
         for phase, optimizer in optimizers.items():
-            restore(optimizer, saved["optimizers"][phase], args.out)
+            restore([optimizer], saved["optimizers"][phase], args.out)
         del saved                                           # twice the weights' memory
     log = None if rank else Log(args.out, COLUMNS, sum(done.values()))
     say(rank, f"{describe(args, c, trained, critic)}; {describe_batch(args, world, device, precision_name)}; "

@@ -539,7 +539,7 @@ def render(piece, soundfont):
 def prompt(labels, rng=None):
     """A row of metadata.csv -> "boom bap, drums, upright bass, electric piano, flute, C minor, 92 bpm".
 
-    With rng as people write it: in another order, parts missing, other words."""
+    With rng as people write it: in another order, in other words."""
     bpm = round(float(labels["bpm"]))
     names = [labels["genre"], *labels["instruments"].split(";")]
     if rng is None:
@@ -551,9 +551,7 @@ def prompt(labels, rng=None):
     parts = [*names, key, tempo]
     if rng.random() < 0.5:
         rng.shuffle(parts)
-    missing = rng.choice((0, 0, 0.2, 0.5))                  # of the parts
-    kept = [part for part in parts if rng.random() >= missing]
-    return rng.choice((", ", ", ", " ")).join(kept or parts[:1])
+    return ", ".join(parts)
 
 
 def vocabulary():
@@ -573,7 +571,7 @@ def make_piece(args, side, index):
     if args.kind == "music":
         name = args.genres[index % len(args.genres)]
         piece = compose(rng, name, [key for key in KEYS if args.keys == "all" or key.name in FEW])
-        text = prompt(piece.labels)
+        text = prompt(piece.labels, rng if side == "train" else None)
     else:
         name = text = "random notes"
         piece = random_notes(rng)
@@ -583,15 +581,15 @@ def make_piece(args, side, index):
 
 
 def plan(args):
-    """-> [(side, index, row)], the held-out pieces first. No other piece has the prompt of one of those."""
+    """-> [(side, index, row)], the held-out pieces first. No other piece has the labels of one of those."""
     planned = [("validation", index, make_piece(args, "validation", index)[1]) for index in range(HELD_OUT)]
-    held_out = {row["text"] for _, _, row in planned if args.kind == "music"}
+    held_out = {prompt(row) for _, _, row in planned if args.kind == "music"}
     wanted = 3600 * args.hours * RATE / HOP                 # frames
     for index in count():
         if wanted <= 0:
             return planned
         piece, row = make_piece(args, "train", index)
-        if row["text"] not in held_out:
+        if args.kind == "notes" or prompt(row) not in held_out:
             planned.append(("train", index, row))
             wanted -= piece.frames
 

@@ -389,12 +389,26 @@ def not_negative(text):
     return value
 
 
+def fraction(text):
+    value = finite(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
+    return value
+
+
 def whole_or_zero(text):
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     if value > LARGEST:
         raise argparse.ArgumentTypeError(f"{text} is more than {LARGEST}")
+    return value
+
+
+def tempo(text):
+    value = finite(text)
+    if not 20 <= value <= 400:
+        raise argparse.ArgumentTypeError(f"{text} beats a minute: music has 20 to 400")
     return value
 
 

@@ -23,6 +23,9 @@ PITCH, LEVEL = slice(0, SEMITONES), slice(SEMITONES, SEMITONES + 2 * BANDS)     
 
 
 # -------------------------------------------------------------------------------- a beat
+BEAT_FEATURES = 18
+
+
 def beat_features(bpm, bar):
     """Tempo in beats a minute and place in the bar in [0, 1), tensors of one shape -> (..., 18), what
     `beat_in` reads.
@@ -37,7 +40,7 @@ def beat_of(beat, batch, device):
     """(tempo in bpm, place in the bar) or None -> `beat_features` (batch, 1, 18); zeros where nothing is
     told."""
     if beat is None:
-        return torch.zeros(batch, 1, 18, device=device)
+        return torch.zeros(batch, 1, BEAT_FEATURES, device=device)
     bpm, bar = (torch.full((batch, 1), float(number), dtype=torch.float64, device=device) for number in beat)
     return beat_features(bpm, bar)
 

@@ -8,7 +8,9 @@ so the result is that of the whole file.
 
 Prompts, the first found: `metadata.jsonl`, `.csv` or `.json` with `file_name` and `text` (the AudioFolder
 convention), a caption beside the track (`song.txt`, `song.json`), its title and genre tags, its cleaned file
-and folder name. They are looked up each time: mending them costs no encoding.
+and folder name. They are looked up each time: mending them costs no encoding. Metadata may also tell where
+the beats are, for models that can be told: `bpm`, `first_beat` (seconds to the first bar) and, where it is
+not 4, `beats_per_bar`, of recordings whose tempo stays.
 """
 import argparse
 import codecs
@@ -35,6 +37,7 @@ from tqdm import tqdm
 
 from audio import encode_chunks
 from common import UserError, device_of, load, run, speed, write_whole
+from controls import BEAT_FEATURES, beat_features
 from recordings import read_audio, read_tags
 from model import words_of
 
@@ -249,14 +252,37 @@ def metadata_rows(file, notes):
     return rows
 
 
-def read_metadata(folder, notes=None):
-    """All metadata files under the folder -> {file name relative to the folder: prompt}; a name that Unicode
-    can write in two ways is there in its composed form too.
+class Beats(NamedTuple):
+    """The beats of a recording whose tempo stays."""
+    bpm: float
+    per_bar: float
+    first: float                                            # seconds to the beginning of the first bar
 
-    UserError where one cannot be understood: training on wrong prompts would go unnoticed for hours. A
+    def bar_at(self, seconds):
+        """The place in the bar, in [0, 1)."""
+        return (seconds - self.first) * self.bpm / 60 / self.per_bar % 1
+
+
+def beats_of_row(row):
+    """Beats of a row of metadata, None where it does not tell where they are. Raises ValueError."""
+    first = as_text(row.get("first_beat"))
+    if not first:
+        return None
+    beats = Beats(float(row["bpm"]), float(as_text(row.get("beats_per_bar")) or 4), float(first))
+    if not (10 <= beats.bpm <= 1000 and 1 <= beats.per_bar <= 64 and math.isfinite(beats.first)):
+        raise ValueError(f"no music has bpm {beats.bpm:g}, beats_per_bar {beats.per_bar:g}, "
+                         f"first_beat {beats.first:g}")
+    return beats
+
+
+def read_metadata(folder, notes=None, value=lambda row: as_text(row["text"])):
+    """All metadata files under the folder -> {file name relative to the folder: value of its row}; a name
+    that Unicode can write in two ways is there in its composed form too.
+
+    value: by default the prompt. UserError where one cannot be understood: training on wrong prompts would go unnoticed for hours. A
     `metadata.json` may be another program's and is then left alone, with a note."""
     notes = [] if notes is None else notes
-    prompts = {}
+    values = {}
     files = [f for f in find_files(folder).ignored if f.name in METADATA]
     for file in sorted(files, key=lambda f: len(f.parts)):  # the nearest to the track has the last word
         place = file.parent.relative_to(folder)
@@ -267,19 +293,20 @@ def read_metadata(folder, notes=None):
         try:
             for row in metadata_rows(file, notes):
                 name = posixpath.join(place.as_posix(), row["file_name"].replace("\\", "/"))
-                found[posixpath.normpath(name)] = as_text(row["text"])
+                found[posixpath.normpath(name)] = value(row)
         except (OSError, ValueError, TypeError, AttributeError, csv.Error, RecursionError, KeyError) as error:
             reason = f"cannot be read ({error})"
             if isinstance(error, KeyError):
-                reason = f"every row needs `file_name` and `text`; one has only {', '.join(map(str, row))}"
+                needed = "`bpm` beside `first_beat`" if error.args == ("bpm",) else "`file_name` and `text`"
+                reason = f"every row needs {needed}; one has only {', '.join(map(str, row))}"
             if file.suffix != ".json":
                 raise UserError(f"{file}: {reason}; mend or remove it") from None
             notes.append(f"{file.relative_to(folder).as_posix()} is not used: {reason}")
         else:
-            prompts |= found
-    for name, prompt in list(prompts.items()):
-        prompts.setdefault(composed(name), prompt)
-    return prompts
+            values |= found
+    for name, found in list(values.items()):
+        values.setdefault(composed(name), found)
+    return values
 
 
 def composed(name):
@@ -399,6 +426,7 @@ class Track(NamedTuple):
     file: Path                                              # .npy, float16 (T, C)
     start: int
     stop: int
+    beats: Beats = None                                     # None: not known
 
     @property
     def frames(self):
@@ -486,6 +514,7 @@ def prepare(folder, model, latents_dir=None, device="cpu", quiet=False):
     found = find_files(folder)
     notes = list(found.notes)
     metadata = read_metadata(folder, notes)
+    beats = read_metadata(folder, [], beats_of_row) if model.config.beats else {}
     latents_dir = make_latents_dir(folder, latents_dir, mark)
 
     home = next(model.autoencoder.parameters()).device
@@ -500,7 +529,7 @@ def prepare(folder, model, latents_dir=None, device="cpu", quiet=False):
             path, frames = encode_track(file, path, model,
                                         lambda seconds: progress.set_postfix_str(f"{name}, {seconds:.0f} s"))
             prompt, source = find_prompt(file, folder, metadata, notes)
-            tracks.append(Track(name, prompt, path, 0, frames))
+            tracks.append(Track(name, prompt, path, 0, frames, beats.get(name, beats.get(composed(name)))))
             sources.append(source)
         except UserError as error:
             skipped.append((name, str(error).removeprefix(f"{file}: ")))
@@ -592,30 +621,52 @@ def report(dataset, latents_dir, ignored):
 
 
 # -------------------------------------------------------------------------------- crops
+class Crops(NamedTuple):
+    """Excerpts of equal length. n of them."""
+    latents: torch.Tensor                                   # (n, C, blocks * block) float32
+    prompts: list
+    missing: torch.Tensor                                   # (n,): blocks at its beginning that are not there
+    starts: list                                            # of (Track, its frame where the crop begins)
+
+
 def crops_at(tracks, blocks, block, positions):
     """Crops at positions in [0, 1) of all tracks laid end to end. Where positions are uniform, so are the
     starts within a track, not aligned to blocks; a track's first and last frames are then in fewer crops than
     its middle.
 
-    Returns latents (n, C, blocks * block) float32, the prompts, and how many blocks of each crop are missing
-    (n,): a track too short for it stands at the right end, zeros before it, as a stream begins."""
+    A track too short for a crop stands at its right end, zeros before it, as a stream begins."""
     ends = np.cumsum([t.frames for t in tracks])
     length = blocks * block
-    out, prompts, missing = [], [], []
+    out, prompts, missing, starts = [], [], [], []
     for position in positions:
         i = int(np.searchsorted(ends, position * ends[-1], side="right"))
         track, latents = tracks[i], tracks[i].latents
         if track.frames >= length:
             spare = track.frames - length    # position within the track -> start within what it leaves
             start = int((position * ends[-1] - ends[i] + track.frames) / track.frames * (spare + 1))
-            latents = latents[min(start, spare):][:length]
+            start = min(start, spare)
+            latents = latents[start:][:length]
         else:    # whole blocks from the end, as a stream would be primed
+            start = track.frames - length
             latents = latents[track.frames % block:]
         latents = torch.from_numpy(latents.T.astype(np.float32))                            # (C, frames)
         out.append(torch.nn.functional.pad(latents, (length - latents.shape[1], 0)))
         prompts.append(track.prompt)
         missing.append((length - latents.shape[1]) // block)
-    return torch.stack(out), prompts, torch.tensor(missing)
+        starts.append((track, track.start + start))
+    return Crops(torch.stack(out), prompts, torch.tensor(missing), starts)
+
+
+def beats_at(starts, blocks, config):
+    """`controls.beat_features` (n, len(blocks), 18) of blocks, by their numbers in crops that begin at
+    `starts`; zeros where a track's beats are not known."""
+    features = torch.zeros(len(starts), len(blocks), BEAT_FEATURES)
+    for row, (track, start) in zip(features, starts):
+        if track.beats is not None:
+            seconds = (start + torch.tensor(blocks) * config.block).double() / config.frame_rate
+            bpm = torch.full(seconds.shape, track.beats.bpm, dtype=torch.float64)
+            row.copy_(beat_features(bpm, track.beats.bar_at(seconds)))
+    return features
 
 
 def fixed_crops(tracks, blocks, block, count):

@@ -20,21 +20,21 @@ import torch.distributed as dist
 from torch.quasirandom import SobolEngine
 
 import data
-from common import (UserError, finite, load, not_negative, positive_finite, random_seed, regime_of,
+from common import (UserError, finite, fraction, load, not_negative, positive_finite, random_seed, regime_of,
                     run, save, speed, thread_count, training_precision, uninterrupted, whole, whole_or_zero)
-from model import LMDM, Numbered, add_noise, shift_time, velocity
-from training import (average_gradients, check_text_encoder, clip_gradients, condition, describe_batch,
+from model import Numbered, add_noise, shift_time, velocity
+from training import (Average, average_gradients, check_text_encoder, clip_gradients, condition, describe_batch,
                       encode_texts, keep_earlier_run, Log, millions, parse, prepare_once, progress_bar,
                       render_sample, restore, say, say_changes, say_done, set_up, track_records,
                       training_loop, words_met)
 
 
 # -------------------------------------------------------------------------------- the loss
-def block_losses(model, prompt, latents, noise, t, remat=False):
+def block_losses(model, prompt, latents, noise, t, remat=False, beat=None):
     """Mean squared error on v of the last m blocks, each at its own noise level: (B, m).
 
     prompt: EncodedPrompt; latents (B, C, n * block), the last m blocks to be learned; noise (B, C, m *
-    block); t (B, m). One pass over [clean blocks | noisy blocks | timestep tokens]: a noisy block sees the
+    block); t (B, m); beat (B, m, 18): where they begin in the bar, or None. One pass over [clean blocks | noisy blocks | timestep tokens]: a noisy block sees the
     clean blocks before it, never itself clean. Block-causal, this equals m passes of one block each after its
     whole history. Raises ValueError for more than one block encoder-decoder: there all clean blocks see each
     other, and through them a noisy block would see itself clean."""
@@ -47,7 +47,7 @@ def block_losses(model, prompt, latents, noise, t, remat=False):
     level = t.repeat_interleave(c.block, dim=1)[:, None]                                # (B, 1, m * block)
     noisy = Numbered(add_noise(x0, noise, level, c.objective), tuple(range(n - m, n)))
     clean = Numbered(latents[..., :-c.block], tuple(range(n - 1)))
-    v, _ = model.dit.blocks(prompt, noisy, t, clean, remat=remat)
+    v, _ = model.dit.blocks(prompt, noisy, t, clean, beat=beat, remat=remat)
     error = (v.float() - velocity(x0, noise, level, c.objective)).square()
     return error.unflatten(-1, (m, c.block)).mean(dim=(1, 3))
 
@@ -58,23 +58,35 @@ def validation_loss(model, tracks, texts, args, device, precision):
     runs."""
     c = model.config
     count = args.validation_crops
-    latents, prompts, absent = data.fixed_crops(tracks, c.context_blocks + args.blocks, c.block, count)
+    crops = data.fixed_crops(tracks, c.context_blocks + args.blocks, c.block, count)
+    beat = beats_of_blocks(crops, c, args.blocks)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(count, c.channels, args.blocks * c.block, generator=generator)
     # the golden ratio's multiples are spread evenly
     u = (torch.arange(count * args.blocks) * 0.618034 + 0.5) % 1
     t = shift_time(u, c.window).reshape(count, args.blocks)
-    weights = block_weights(absent, c, args.blocks)
+    weights = block_weights(crops.missing, c, args.blocks)
     size = max(1, args.batch // args.accumulate)
     total = 0.0
     for start in range(0, count, size):
         rows = slice(start, start + size)
         with precision():
-            prompt = model.dit.encode_prompt(condition(model, texts, prompts[rows], device))
-            losses = block_losses(model, prompt, latents[rows].to(device), noise[rows].to(device),
-                                  t[rows].to(device))
+            prompt = model.dit.encode_prompt(condition(model, texts, crops.prompts[rows], device))
+            losses = block_losses(model, prompt, crops.latents[rows].to(device), noise[rows].to(device),
+                                  t[rows].to(device), beat=moved(beat, rows, device))
         total += (losses.cpu() * weights[rows]).sum().item()
     return total / weights.sum().item()
+
+
+def beats_of_blocks(crops, config, blocks):
+    """Where the last blocks of each crop begin in the bar, (B, blocks, 18), or None for a model that cannot
+    be told."""
+    first = config.context_blocks
+    return data.beats_at(crops.starts, range(first, first + blocks), config) if config.beats else None
+
+
+def moved(tensor, rows, device):
+    return None if tensor is None else tensor[rows].to(device)
 
 
 # -------------------------------------------------------------------------------- what a step draws
@@ -86,6 +98,7 @@ class Batch(NamedTuple):
     t: torch.Tensor                                         # (B, m)
     weights: torch.Tensor                                   # (B, m), adding up to 1 in each item
     with_prompt: torch.Tensor    # (B,), False where guidance's null prompt is learned
+    beat: torch.Tensor                                      # (B, m, 18), or None
 
 
 def missing_context(rng, count, config):
@@ -109,7 +122,15 @@ def block_weights(absent, config, blocks):
     return real / real.sum(1, keepdim=True).clamp(min=1)
 
 
-def draw_batch(tracks, config, batch, blocks, rows, seed, step, shift=0.0):
+def without_some(prompt, rng, share):
+    """What people leave out: in half of all cases each part of the prompt between commas is dropped with
+    this probability, but never all of them."""
+    parts = prompt.split(",")
+    keep = rng.random(len(parts)) >= share * (rng.random() < 0.5)
+    return ",".join(part for part, kept in zip(parts, keep) if kept or not keep.any()).strip()
+
+
+def draw_batch(tracks, config, batch, blocks, rows, seed, step, shift=0.0, tag_dropout=0.0):
     """The Batch of `step`, of which only `rows` (a slice): `blocks` blocks to learn in each of `batch` items.
 
     Everything random is drawn for the whole batch and cut afterwards, so rows do not depend on how it is
@@ -123,18 +144,25 @@ def draw_batch(tracks, config, batch, blocks, rows, seed, step, shift=0.0):
     noise = torch.randn(batch, c.channels, blocks * c.block, generator=generator)
     u = SobolEngine(1, scramble=True, seed=int(rng.integers(2 ** 31))).draw(batch * blocks)
     u = u.reshape(batch, blocks)[:, torch.from_numpy(rng.permutation(blocks))]
-    latents, prompts, absent = data.crops_at(tracks, c.context_blocks + blocks, c.block, positions[rows])
-    for item, gone in zip(latents, missing[rows]):
+    with_beat = torch.from_numpy(rng.random(batch) >= 0.2)[rows]
+    tag_seeds = rng.integers(2 ** 31, size=batch)[rows]
+    crops = data.crops_at(tracks, c.context_blocks + blocks, c.block, positions[rows])
+    for item, gone in zip(crops.latents, missing[rows]):
         item[:, :gone * c.block] = 0
-    return Batch(latents, prompts, noise[rows], shift_time(u, c.window, shift)[rows],
-                 block_weights(absent, c, blocks), torch.from_numpy(with_prompt[rows]))
+    prompts = [without_some(prompt, np.random.default_rng(tag_seed), tag_dropout)
+               for prompt, tag_seed in zip(crops.prompts, tag_seeds)]
+    beat = beats_of_blocks(crops, c, blocks)
+    return Batch(crops.latents, prompts, noise[rows], shift_time(u, c.window, shift)[rows],
+                 block_weights(crops.missing, c, blocks), torch.from_numpy(with_prompt[rows]),
+                 None if beat is None else beat * with_beat[:, None, None])
 
 
 def draw_batches(tracks, config, args, micro_batches, first_step):
     """Yield the Batch of every backward pass from `first_step` on."""
     for step in range(first_step, args.steps):
         for rows in micro_batches:
-            yield draw_batch(tracks, config, args.batch, args.blocks, rows, args.seed, step, args.shift)
+            yield draw_batch(tracks, config, args.batch, args.blocks, rows, args.seed, step, args.shift,
+                             args.tag_dropout)
 
 
 # -------------------------------------------------------------------------------- the script
@@ -163,6 +191,13 @@ def parser():
     p.add_argument("--lr", type=positive_finite, default=5e-5)
     p.add_argument("--lr-end", type=not_negative, help="cosine to this at the last step (default: constant)")
     p.add_argument("--warmup", type=whole_or_zero, default=0, help="steps of linear warm-up")
+    p.add_argument("--muon", action="store_true",
+                   help="Muon for the layers' matrices, AdamW for the rest: for training from nothing, with "
+                   "an --lr of about 1e-3")
+    p.add_argument("--ema", type=fraction, default=0.0,
+                   help="play and save an average of the weights that keeps this share each step (0.995)")
+    p.add_argument("--tag-dropout", type=fraction, default=0.0,
+                   help="in half of all crops drop each part of a prompt between commas with this probability")
     p.add_argument("--clip", type=not_negative, default=1.0, help="largest gradient norm, 0 for no clipping")
     p.add_argument("--seed", type=random_seed, default=0)
     # reports
@@ -193,16 +228,12 @@ def check_options(args):
 
 
 def start_model(args):
-    """The model that --init and the stream's options name."""
+    """The model that --init and the stream's options name. Raises UserError."""
     names = "causal", "block", "context_blocks"
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     model = load(args.init, **overrides)
     sampling = model.sampling if model.stage == "finetune" else model.sampling.get("finetuned", {})
     sampling = {**sampling, "words": model.sampling.get("words", [])}
-    if model.stage == "autoencoder":                        # its other weights were never trained
-        autoencoder = model.autoencoder
-        model = LMDM(model.config)
-        model.autoencoder = autoencoder
     model.stage = "finetune"
     model.sampling = sampling
     return model
@@ -211,7 +242,7 @@ def start_model(args):
 def check_unchanged(args, saved, config):
     """UserError for options that --resume cannot change, given with another value than the run began with."""
     began_with = {**saved["args"], **config.to_dict()}
-    for name in "init", "causal", "block", "context_blocks":
+    for name in "init", "causal", "block", "context_blocks", "muon":
         now = getattr(args, name)
         then = began_with.get(name, now)
         same = now == then
@@ -228,10 +259,22 @@ def learning_rate(step, args):
     return min(1, (step + 1) / max(1, args.warmup)) * cosine
 
 
-def save_state(model, optimizer, step, args, tracks):
+def make_optimizers(model, trained, args):
+    """For matrices of the layers Muon (arXiv 2502.16982), where it is asked for; AdamW for everything else."""
+    if not args.muon:
+        return [torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=0)]
+    matrices = [p for p in model.dit.layers.parameters() if p.ndim == 2]
+    others = [p for p in trained if not any(p is matrix for matrix in matrices)]
+    return [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.99), weight_decay=0)]
+
+
+def save_state(model, optimizers, average, step, args, tracks):
     """The checkpoint, from which a run can also be resumed."""
-    save(model, args.out, step, " ".join(["finetune.py", *sys.argv[1:]]), optimizer=optimizer.state_dict(),
-         args=vars(args), tracks=tracks)
+    with average.in_place() as last:
+        save(model, args.out, step, " ".join(["finetune.py", *sys.argv[1:]]),
+             optimizer=[optimizer.state_dict() for optimizer in optimizers], last=last,
+             args=vars(args), tracks=tracks)
 
 
 def main():
@@ -258,13 +301,15 @@ def main():
     trained = [*model.dit.parameters(), *model.conditioner.parameters()]
     for p in trained:
         p.requires_grad_()
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=0)
+    optimizers = make_optimizers(model, trained, args)
+    average = Average(trained, args.ema)
     step = 0
     if saved is None:
         keep_earlier_run(args.out, rank)
     else:
         say_changes(saved.get("tracks", tracks), tracks, rank)
-        restore(optimizer, saved["optimizer"], args.out)
+        restore(optimizers, saved["optimizer"], args.out)
+        average.restore(saved.get("last"), saved["step"])
         step = saved["step"]
         del saved                                           # twice the weights' memory
     log = None if rank else Log(args.out, ("step", "loss", "validation", "lr", "seconds"), step)
@@ -289,7 +334,7 @@ def main():
 
     def stop():
         if not rank:
-            save_state(model, optimizer, step, args, tracks)
+            save_state(model, optimizers, average, step, args, tracks)
         say(rank, f"\nstopped after step {step}; go on with --resume")
 
     with contextlib.closing(batches), training_loop(bar, world, stop):
@@ -301,7 +346,8 @@ def main():
                 with precision():
                     cond = condition(model, texts, batch.prompts, device, batch.with_prompt)
                     losses = block_losses(model, model.dit.encode_prompt(cond), batch.latents.to(device),
-                                          batch.noise.to(device), batch.t.to(device), args.remat)
+                                          batch.noise.to(device), batch.t.to(device), args.remat,
+                                          moved(batch.beat, slice(None), device))
                 # of this process's items, scaled so that the mean over processes is the batch's
                 part = (losses * batch.weights.to(device)).sum() * world / args.batch
                 part.backward()
@@ -310,11 +356,14 @@ def main():
             if world > 1:
                 dist.all_reduce(loss)
             gradient = clip_gradients(trained, args.clip)
-            optimizer.param_groups[0]["lr"] = learning_rate(step, args)
             with uninterrupted():
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+                    optimizer.step()
+                average.update()
                 step += 1
-            optimizer.zero_grad(set_to_none=True)
+            for p in trained:
+                p.grad = None
             learning_seconds += time.time() - step_began
             bar.update()
             if step % 10 == 0:
@@ -322,17 +371,20 @@ def main():
 
             # --- validation, checkpoint, sample
             if step % args.every == 0 or step == args.steps:
-                held_out = validation_loss(model, dataset.validation, texts, args, device, precision)
+                with average.in_place():
+                    held_out = validation_loss(model, dataset.validation, texts, args, device, precision)
                 if not rank:
                     seconds = time.time() - clock
                     bar.write(f"step {step}: loss {loss.item():.4f}, validation {held_out:.4f}, "
                               f"{seconds:.0f} s", file=sys.stderr)
                     log.write(step=step, loss=f"{loss.item():.9g}", validation=f"{held_out:.9g}",
                               lr=f"{learning_rate(step - 1, args):.3g}", seconds=f"{seconds:.1f}")
-                    save_state(model, optimizer, step, args, tracks)
+                    save_state(model, optimizers, average, step, args, tracks)
             if args.sample_every and step % args.sample_every == 0 and not rank:
-                bar.write(render_sample(model, texts, model.sampling["prompt"], args.out, step,
-                                        args.sample_seconds, device, precision), file=sys.stderr)
+                with average.in_place():
+                    made = render_sample(model, texts, model.sampling["prompt"], args.out, step,
+                                         args.sample_seconds, device, precision)
+                bar.write(made, file=sys.stderr)
     steps_made = step - first_step
     if not steps_made:
         say(rank, f"nothing is left to do after step {step}: --steps {args.steps}")

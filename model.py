@@ -129,15 +129,16 @@ def as_tuple(value):
     return tuple(as_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
-PRESETS = {"nano": Config(ae_width=16, ae_strides=(4, 4, 4, 4, 4), text="words", text_tokens=16,
-                          text_width=1024, cond_width=128, width=256, depth=6, heads=4),
-           "sao_small": Config(), "sao_1_0": Config(text_tokens=128,
-                                                    numbers=(("seconds_start", 0, 512),
-                                                             ("seconds_total", 0, 512)),
-                                                    cross_ids=("prompt", "seconds_start", "seconds_total"),
-                                                    global_ids=("seconds_start", "seconds_total"), width=1536,
-                                                    depth=24, heads=24, project_cond=False, qk_norm=False,
-                                                    objective="v", clip=1024)}
+PRESETS = {
+    "nano": Config(
+        ae_width=16, ae_multipliers=(2, 4, 8, 16, 32), ae_strides=(4, 4, 4, 4, 4), pitch_channels=12,
+        level_channels=8, text="words", text_tokens=16, text_width=1024, cond_width=128, width=256, depth=6,
+        heads=4, beats=True),
+    "sao_small": Config(),
+    "sao_1_0": Config(
+        text_tokens=128, numbers=(("seconds_start", 0, 512), ("seconds_total", 0, 512)),
+        cross_ids=("prompt", "seconds_start", "seconds_total"), global_ids=("seconds_start", "seconds_total"),
+        width=1536, depth=24, heads=24, project_cond=False, qk_norm=False, objective="v", clip=1024)}
 
 
 # -------------------------------------------------------------------------------- noise

@@ -34,6 +34,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchaudio.functional import melscale_fbanks
 
+import controls
 from chorales import make_data
 from common import (UserError, finite, load, not_negative, positive_finite, random_seed, read_checkpoint,
                     run, save, save_whole, speed, step_count, thread_count, whole, writable)
@@ -357,6 +358,16 @@ def start_autoencoder(args, device):
     return model
 
 
+@torch.no_grad()
+def fit_sketch(model, audio):
+    """Choose the channels of pitch and loudness that the DiT will make, unless --init has them already.
+
+    audio (n, 2, samples)."""
+    if model.config.channels > model.config.latent_channels and not model.sketch_directions.any():
+        columns = torch.cat([controls.features(x[None], model.config)[0].T for x in audio])
+        controls.fit(model, columns)
+
+
 def fit_transform(autoencoder, tracks, device):
     """A linear start, fitted to the tracks. Raises UserError where none is long enough."""
     part = slice(5 * RATE, 5 * RATE + 2 ** 17)
@@ -383,6 +394,7 @@ def train_autoencoder(args):
     train, held_out = (read_tracks(args.data, side, args.crop) for side in (False, True))
     if not args.init and not state.exists():
         fit_transform(autoencoder, train, device)
+    fit_sketch(model, draw_crops(train, 256, args.crop, args.seed, 0))
     hop = model.config.hop
     codec, critic = Player(autoencoder, args), Player(Critic().to(device), args)
     step = 0

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from audio import decode_stream, decoder_margin, encode_file, open_output, pcm
 from common import (PRECISIONS, UserError, default_checkpoint, device_of, discard_output, finite, keep_inputs,
                     load, needs_speed, playing_precision, positive, random_seed, reason_of, regime_of, run,
-                    speed, step_count, thread_count)
-from controls import beat_of
+                    speed, step_count, tempo, thread_count)
+from controls import beat_of, steady_beat
 from model import NO_BLOCKS, Cond, Numbered, add_noise, alpha_sigma, denoise, forget_t5, schedule, words_of
 
 SAMPLERS = "euler", "dpmpp", "pingpong"
@@ -336,6 +336,8 @@ def parse(argv=None):
                    help="length (default: 30, or a whole clip if that is shorter; with --live inf); "
                    "inf plays until stopped")
     p.add_argument("--prime", help="audio file to go on from")
+    p.add_argument("--bpm", type=tempo, help="beats a minute to keep to, four to a bar, from the first sample on "
+                   "(for models that can be told)")
     p.add_argument("--live", action="store_true",
                    help="each line typed while a player plays is the prompt from the next block on "
                    "(not on Windows)")
@@ -388,6 +390,8 @@ def check(model, args):
     if base and args.seconds > longest_clip(model.config):
         raise UserError(f"this checkpoint makes one clip of at most {longest_clip(model.config):.1f} s; to "
                         "stream, finetune it first (finetune.py --init)")
+    if args.bpm and not model.config.beats:
+        raise UserError("--bpm: this checkpoint cannot be told a beat; put the tempo in its prompt")
     if args.compile:
         needs_speed("--compile")
 
@@ -425,7 +429,8 @@ def stream_pieces(model, args, samples, together):
     def typed():
         return new_prompt(model, args.prompt_file, lines)
     latents = stream(model, cond, blocks=blocks, prime=prime, use_cache=not args.no_cache,
-                     change=typed if args.live else None, seed=args.seed, **settings)
+                     change=typed if args.live else None, beat=args.bpm and steady_beat(c, args.bpm),
+                     seed=args.seed, **settings)
     if together:
         latents = speed.prefetch(latents)
     if prime is None:

@@ -1809,7 +1809,7 @@ def test_single_track_gives_its_last_tenth(tmp_path):
 
 def test_crops(tmp_path):
     tracks = fake_tracks(tmp_path, [90, 11, 30])    # 11 frames: two blocks of 4, the first 3 frames dropped
-    latents, prompts, missing = data.crops_at(tracks, 5, 4, np.random.default_rng(1).random(2000))
+    latents, prompts, missing, _ = data.crops_at(tracks, 5, 4, np.random.default_rng(1).random(2000))
     assert latents.shape == (2000, 3, 20) and latents.dtype == torch.float32 and missing.dtype == torch.long
     again = data.crops_at(tracks, 5, 4, np.random.default_rng(1).random(2000))
     assert torch.equal(again[0], latents) and again[1] == prompts and torch.equal(again[2], missing)
@@ -1828,7 +1828,7 @@ def test_crops(tmp_path):
 
 def test_fixed_crops(tmp_path):
     tracks = fake_tracks(tmp_path, [90, 30])
-    latents, prompts, missing = data.fixed_crops(tracks, 5, 4, 8)
+    latents, prompts, missing, _ = data.fixed_crops(tracks, 5, 4, 8)
     assert prompts == ["prompt 0"] * 6 + ["prompt 1"] * 2 and not missing.any()
     assert torch.equal(latents, data.fixed_crops(tracks, 5, 4, 8)[0])
     starts = latents[:6, 0, 0]
@@ -2792,7 +2792,7 @@ def test_resume_with_nothing_to_do_or_another_optimizer(tiny_file, music, tmp_pa
     status, err = call(finetune.main, "--resume")
     assert status == 0 and "nothing is left to do after step 1" in err
     saved = torch.load(tmp_path / "out" / "finetune.pt", weights_only=True)
-    saved["optimizer"]["param_groups"][0]["params"].pop()
+    saved["optimizer"][0]["param_groups"][0]["params"].pop()
     torch.save(saved, tmp_path / "out" / "finetune.pt")
     status, err = call(finetune.main, "--resume", "--steps", 2)
     assert status == 2 and "error: out/finetune.pt: its optimizer is not this model's" in err

@@ -324,12 +324,59 @@ def set_up(args):
     return rank, world, device, micro_batches
 
 
-def restore(optimizer, state, path):
-    """An optimizer as a checkpoint holds it. Raises UserError."""
+def restore(optimizers, states, path):
+    """Optimizers as a checkpoint holds them. Raises UserError."""
+    states = states if isinstance(states, list) else [states]           # as older checkpoints hold one
     try:
-        optimizer.load_state_dict(state)
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its optimizer is not this model's ({reason_of(error)})") from None
+
+
+class Average:
+    """A running average of weights: less noisy than the last ones, so it is what is played and saved."""
+
+    def __init__(self, parameters, keep):
+        """keep: the share of the average that stays each step; 0: there is none, but the last weights."""
+        self.parameters = parameters
+        self.keep = keep
+        self.steps = 0
+        self.values = [p.detach().clone() for p in parameters] if keep else []
+
+    @torch.no_grad()
+    def update(self):
+        """Call it after each step. The first ones, soon outdated, count less."""
+        self.steps += 1
+        if self.keep:
+            share = min(self.keep, self.steps / (self.steps + 10))
+            torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - share)
+
+    @contextlib.contextmanager
+    def in_place(self):
+        """Inside, the model has the average for its weights. Gives the last ones, a list, empty without an
+        average."""
+        self.exchange()
+        try:
+            yield self.values
+        finally:
+            self.exchange()
+
+    @torch.no_grad()
+    def exchange(self):
+        with uninterrupted():
+            for p, value in zip(self.parameters, self.values):
+                kept = p.clone()
+                p.copy_(value)
+                value.copy_(kept)
+
+    def restore(self, last, steps):
+        """Of a run that goes on: the model holds the average, `last` the weights to train on, if any."""
+        self.steps = steps
+        for value, weight in zip(self.values, last or []):
+            value.copy_(weight)
+        if last:
+            self.exchange()
 
 
 def clip_gradients(parameters, most):
