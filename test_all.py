@@ -2530,6 +2530,114 @@ def test_batches_are_drawn_by_step(tmp_path):
     assert torch.allclose(shifted[3].double(), t / (t + math.exp(-1.5) * (1 - t)), atol=1e-5)
 
 
+def test_an_average_is_what_is_saved_and_the_last_weights_are_what_is_trained():
+    """By hand: the first updates move it far, later ones by 1 - keep."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    average = training.Average([weight], 0.5)
+    expected = torch.zeros(3)
+    for step in range(1, 15):
+        with torch.no_grad():
+            weight += step
+        average.update()
+        share = 1 - min(0.5, step / (step + 10))
+        expected = expected + share * (weight.detach() - expected)
+    last = weight.detach().clone()
+    with pytest.raises(KeyboardInterrupt), average.in_place() as kept:
+        assert torch.allclose(weight, expected) and torch.equal(kept[0], last)
+        raise KeyboardInterrupt
+    assert torch.equal(weight, last)
+    resumed = torch.nn.Parameter(expected.clone())          # as a checkpoint holds it
+    again = training.Average([resumed], 0.5)
+    again.restore([last], 14)
+    assert torch.equal(resumed, last) and torch.allclose(again.values[0], expected)
+    none = training.Average([weight], 0.0)
+    none.update()
+    with none.in_place() as kept:
+        assert torch.equal(weight, last) and not kept
+
+
+def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest():
+    model = tiny()
+    trained = [*model.dit.parameters(), *model.conditioner.parameters()]
+    args = finetune.parser().parse_args(["--muon", "--lr", "0.001"])
+    muon, adamw = finetune.make_optimizers(model, trained, args)
+    parts = [{id(p) for p in optimizer.param_groups[0]["params"]} for optimizer in (muon, adamw)]
+    assert parts[0] | parts[1] == {id(p) for p in trained} and not parts[0] & parts[1]
+    matrices = model.dit.layers[0].ff.up.weight, model.dit.layers[2].cross_attention.kv.weight
+    assert all(id(p) in parts[0] for p in matrices)
+    assert id(model.dit.project_in.weight) in parts[1] and id(model.dit.layers[0].ff.up.bias) in parts[1]
+
+
+def test_dropped_tags():
+    """Half of all prompts stay whole; of the others each part goes with the probability; something stays."""
+    rng = np.random.default_rng(0)
+    texts = [finetune.without_some("house, drums, C minor, 92 bpm", rng, 0.5) for _ in range(4000)]
+    parts = [[part.strip() for part in text.split(",")] for text in texts]
+    assert all(parts) and all(set(p) <= {"house", "drums", "C minor", "92 bpm"} for p in parts)
+    assert 0.5 < np.mean([len(p) == 4 for p in parts]) < 0.6        # 1/2 + 1/2 * (1/16 whole + 1/16 none)
+    assert np.mean(["C minor" in p for p in parts]) == pytest.approx(0.5 + 0.25 + 0.03, abs=0.03)
+    assert finetune.without_some("one thing", rng, 0.9) == "one thing"
+    assert finetune.without_some("house, drums", rng, 0.0) == "house, drums"
+
+
+def test_beats_of_blocks_come_from_the_metadata(tmp_path):
+    """A block's place in the bar is that of its first frame; half a bar later, half a bar on. Tracks without
+    are told nothing, and in one item of five nothing is told."""
+    config = replace(TINY, beats=True)
+    rate = config.frame_rate
+    np.save(tmp_path / "a.npy", np.zeros((900, 8), np.float16))
+    known = data.Track("a", "x", tmp_path / "a.npy", 20, 900, data.Beats(120.0, 4, 0.25))
+    features = data.beats_at([(known, 50), (known._replace(beats=None), 50)], [3, 4], config)
+    bars = [((50 + 6 * block) / rate - 0.25) * 2 / 4 % 1 for block in (3, 4)]
+    expected = controls.beat_features(torch.full((2,), 120.0).double(), torch.tensor(bars).double())
+    assert torch.allclose(features[0], expected, atol=1e-5) and not features[1].any()
+    batch = finetune.draw_batch([known], config, 200, 2, slice(0, 200), 0, 0)
+    dropped = (batch.beat[:, :, 0] == 0).all(1).float().mean().item()
+    assert batch.beat.shape == (200, 2, 18) and 0.1 < dropped < 0.3
+    part = finetune.draw_batch([known], config, 200, 2, slice(5, 9), 0, 0)
+    assert torch.equal(part.beat, batch.beat[5:9])
+    assert finetune.draw_batch([known], TINY, 2, 2, slice(0, 2), 0, 0).beat is None
+
+
+def test_beats_in_metadata(tmp_path):
+    def beats(text):
+        (tmp_path / "metadata.csv").write_text(text)
+        save_wav(tmp_path / "a.wav")
+        return data.read_metadata(tmp_path, [], data.beats_of_row)["a.wav"]
+    assert beats("file_name,text,bpm,first_beat\na.wav,x,92.5,0.3\n") == data.Beats(92.5, 4, 0.3)
+    assert beats("file_name,text,bpm,beats_per_bar,first_beat\na.wav,x,180,3,0\n") == data.Beats(180, 3, 0)
+    assert beats("file_name,text,bpm\na.wav,x,fast\n") is None            # says nothing of where beats are
+    assert beats("file_name,text,bpm,first_beat\na.wav,x,,\n") is None
+    for row, named in (("fast,0", "cannot be read"), ("0,0", "no music has bpm 0"), ("nan,1", "no music"),
+                       ("90,inf", "no music"), (",1", "cannot be read")):
+        with pytest.raises(UserError, match=named):
+            beats(f"file_name,text,bpm,first_beat\na.wav,x,{row}\n")
+    with pytest.raises(UserError, match="`bpm` beside `first_beat`"):
+        beats("file_name,text,first_beat\na.wav,x,1\n")
+
+
+def test_a_beat_is_learned_from_metadata_and_played(music, tmp_path, call):
+    """finetune.py reaches the weights that read beats, and only where a folder tells them."""
+    common.save(tiny(beats=True), tmp_path / "beats.pt")
+    folder = tmp_path / "labelled"
+    shutil.copytree(music, folder)
+    for rows, learned in (("", False), ("".join(f"tone {i}.wav,x,120,0.1\n" for i in range(5)), True)):
+        (folder / "metadata.csv").write_text("file_name,text,bpm,first_beat\n" + rows)
+        args = "--init", "beats.pt", "--data", folder, *TRAIN, "--steps", 2
+        assert call(finetune.main, *args)[0] == 0
+        model = common.load(tmp_path / "out" / "finetune.pt")
+        assert torch.equal(model.dit.beat_in.weight, tiny(beats=True).dit.beat_in.weight) != learned
+    play = "--ckpt", "out/finetune.pt", "--seconds", 1, "--precision", "float32"
+    assert call(sample.main, *play, "--bpm", 92, "--out", "a.wav")[0] == 0
+    assert call(sample.main, *play, "--out", "b.wav")[0] == 0
+    assert (tmp_path / "a.wav").read_bytes() != (tmp_path / "b.wav").read_bytes()
+    common.save(tiny(), tmp_path / "none.pt")
+    status, err = call(sample.main, "--ckpt", "none.pt", "--bpm", 92, "--out", "c.wav")
+    assert status == 2 and "cannot be told a beat" in err
+    status, err = call(sample.main, *play, "--bpm", 5000, "--out", "c.wav")
+    assert status == 2 and "20 to 400" in err
+
+
 def test_encoder_decoder_learns_one_block_of_a_crop():
     """With more, a noisy block would see itself clean, by way of the clean blocks before it."""
     model, latents = tiny(causal=False), torch.randn(2, 8, 30)
@@ -2551,11 +2659,11 @@ def killed_after(step, log, name, *args, cwd):
     broken.wait()
 
 
-@pytest.mark.parametrize("causal", ["--causal", "--no-causal"])
-def test_kill_and_resume_equals_unbroken(causal, tiny_file, music, tmp_path, call):
+@pytest.mark.parametrize("options", ["--causal", "--no-causal", "--muon --ema 0.9 --tag-dropout 0.5"])
+def test_kill_and_resume_equals_unbroken(options, tiny_file, music, tmp_path, call):
     """kill -9 somewhere after step 2, moved elsewhere, then --resume: the same losses to the last digit, the
     same weights."""
-    args = ["--init", tiny_file, "--data", music, causal, *TRAIN]
+    args = ["--init", tiny_file, "--data", music, *options.split(), *TRAIN]
     assert (done := call(finetune.main, *args, "--out", "a/ft.pt"))[0] == 0, done
     killed_after(2, tmp_path / "b" / "finetune.csv", "finetune.py", *args, "--out", "b/finetune.pt",
                  cwd=tmp_path)
@@ -2588,7 +2696,7 @@ def test_accumulation_checkpointing_and_processes_change_nothing(tiny_file, musi
         assert float(other["validation"]) == pytest.approx(float(a["validation"]), abs=1e-5)
         assert float(other["loss"]) == pytest.approx(float(a["loss"]), abs=1e-5)
     plain, *moments = ([s["exp_avg"] for s in torch.load(tmp_path / f"{name}.pt",
-                                                         weights_only=True)["optimizer"]["state"].values()]
+                                                         weights_only=True)["optimizer"][0]["state"].values()]
                        for name in "abcd")
     assert max(m.abs().max() for m in plain) > 1e-3
     for other in moments:
@@ -2641,7 +2749,7 @@ def test_clip_zero_is_no_clipping(tiny_file, music, tmp_path, call):
     for clip in 0, 1e9, 1e-6:
         args = ["--init", tiny_file, "--data", music, *TRAIN, "--steps", 1, "--clip", clip]
         assert (done := call(finetune.main, *args, "--out", f"{clip}.pt"))[0] == 0, done
-        state = torch.load(tmp_path / f"{clip}.pt", weights_only=True)["optimizer"]["state"]
+        state = torch.load(tmp_path / f"{clip}.pt", weights_only=True)["optimizer"][0]["state"]
         moments.append(torch.cat([s["exp_avg"].flatten() for s in state.values()]))
     assert moments[0].any() and torch.equal(moments[0], moments[1]) and moments[2].abs().max() < 1e-6
 
