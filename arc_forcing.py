@@ -30,7 +30,7 @@ import data
 from common import (UserError, check_streams, finite, load, not_negative, positive_finite, random_seed,
                     read_checkpoint, regime_of, run, save, speed, step_count, thread_count,
                     training_precision, uninterrupted, whole, whole_or_zero)
-from finetune import missing_context
+from finetune import WITHOUT_BEAT, missing_context
 from model import (Conditioner, Config, DiT, add_noise, alpha_sigma, denoise, noise_level, schedule,
                    shift_time, velocity)
 from sample import Context, denoise_block, sampling_settings, with_null
@@ -163,16 +163,18 @@ def recorded(predict, calls):
 
 
 @torch.no_grad()
-def rollout(model, prompt, prime, levels, ks, draw, sampler="pingpong"):
+def rollout(model, prompt, prime, levels, ks, draw, sampler="pingpong", beats=None):
     """Continue prime (B, C, context), block i in ks[i] denoising steps, as `sample.stream` would.
 
-    prompt: EncodedPrompt; levels: of the most denoising steps; draw(): noise of a block. Returns the latents
+    prompt: EncodedPrompt; levels: of the most denoising steps; draw(): noise of a block; beats (B, len(ks),
+    18): `controls.beat_features` where the blocks begin, or None. Returns the latents
     (B, C, len(ks) * block) and (x_t, t) of each block's last evaluation, for `replay`."""
     context = Context(model, prompt, prime)
     blocks = []
     evaluations = []
-    for k in ks:
+    for i, k in enumerate(ks):
         calls = []
+        context.beat = beat_of_block(beats, i)
         predict = recorded(context.predict, calls)
         block = denoise_block(predict, draw(), levels[:k], sampler, model.config.objective, draw)
         context.append(block)
@@ -181,7 +183,11 @@ def rollout(model, prompt, prime, levels, ks, draw, sampler="pingpong"):
     return torch.cat(blocks, dim=-1), evaluations
 
 
-def replay(model, prompt, prime, latents, evaluations, gradient, precision):
+def beat_of_block(beats, i):
+    return None if beats is None else beats[:, i:i + 1]
+
+
+def replay(model, prompt, prime, latents, evaluations, gradient, precision, beats=None):
     """The rollout's backward pass: gradient (B, C, T) by its latents -> gradients of G's parameters.
 
     Each block's last evaluation is made once more, differentiated and forgotten before the next: the memory
@@ -190,7 +196,9 @@ def replay(model, prompt, prime, latents, evaluations, gradient, precision):
     block = model.config.block
     with precision():
         context = Context(model, prompt, prime)
-    for (x, t), x0, slope in zip(evaluations, latents.split(block, dim=-1), gradient.split(block, dim=-1)):
+    blocks = zip(evaluations, latents.split(block, dim=-1), gradient.split(block, dim=-1))
+    for i, ((x, t), x0, slope) in enumerate(blocks):
+        context.beat = beat_of_block(beats, i)
         # all evaluations share the graph of the encoded prompt, so it must outlive each of them
         evaluate(model, context, x, t, precision).backward(slope, retain_graph=True)
         context.append(x0)
@@ -203,11 +211,12 @@ def evaluate(model, context, x, t, precision):
 
 
 @torch.no_grad()
-def trajectory(teacher, cond, prime, levels, cfg, draw):
+def trajectory(teacher, cond, prime, levels, cfg, draw, beats=None):
     """The finetuned model's path to the block after prime.
 
     Returns (x_t, t) of all evaluations, and its end (B, C, block)."""
     context = Context(teacher, teacher.dit.encode_prompt(with_null(cond, cfg)), prime)
+    context.beat = beat_of_block(beats, 0)
     points = []
     predict = recorded(context.predict, points)
     end = denoise_block(predict, draw(), levels, "euler", teacher.config.objective, draw, cfg)
@@ -221,6 +230,8 @@ class Batch(NamedTuple):
     music: torch.Tensor                                     # (B, context + rollout): 1 where music, else 0
     prompts: list
     others: list                                            # the prompts of other items
+    starts: list                                            # of (Beats or None, frame): where latents begin
+    with_beat: torch.Tensor                                 # (B, 1, 1): 0 where G is told no beat, else 1
     noise: torch.Tensor                                     # as latents
     uniform: torch.Tensor                                   # (B,) in [0, 1), for the level
     ks: list                                                # denoising steps of each block, for all items
@@ -231,7 +242,14 @@ class Batch(NamedTuple):
         def draw():
             return self.draw().to(device)
         return self._replace(latents=self.latents.to(device), music=self.music.to(device),
-                             noise=self.noise.to(device), uniform=self.uniform.to(device), draw=draw)
+                             with_beat=self.with_beat.to(device), noise=self.noise.to(device),
+                             uniform=self.uniform.to(device), draw=draw)
+
+    def beats(self, config):
+        """Where the rolled-out blocks begin in the bar, (B, blocks, 18): see `data.beats_at`."""
+        blocks = range(config.context_blocks, self.latents.shape[-1] // config.block)
+        beats = data.beats_at(self.starts, blocks, config)
+        return None if beats is None else beats.to(self.latents.device) * self.with_beat
 
 
 def draw_batch(tracks, config, batch, blocks, most, rows, seed, phase, step):
@@ -253,15 +271,18 @@ def draw_batch(tracks, config, batch, blocks, most, rows, seed, phase, step):
     crops = data.crops_at(tracks, total, c.block, positions[rows])
     latents, prompts = crops.latents, crops.prompts
     others = data.crops_at(tracks, 1, c.block, np.roll(positions, 1)[rows]).prompts
+    with_beat = torch.from_numpy(rng.random(batch) >= WITHOUT_BEAT)[rows].float()
+    starts = list(crops.starts)
     music = torch.ones(len(latents), total)                 # in blocks
     for i, (gone, short) in enumerate(zip(missing[rows], crops.missing.tolist())):
         early = max(0, short - c.context_blocks)            # blocks that a short track is moved to the left
+        starts[i] = starts[i][0], starts[i][1] + early * c.block
         latents[i] = latents[i].roll(-early * c.block, dims=-1)
         latents[i, :, :gone * c.block] = 0
         music[i, :max(gone, short - early)] = 0
         music[i, total - early:] = 0
-    return Batch(latents, music.repeat_interleave(c.block, dim=1), prompts, others, draw(total * c.block),
-                 uniform[rows], ks, draw, rng)
+    return Batch(latents, music.repeat_interleave(c.block, dim=1), prompts, others, starts,
+                 with_beat[:, None, None], draw(total * c.block), uniform[rows], ks, draw, rng)
 
 
 # -------------------------------------------------------------------------------- three kinds of step
@@ -298,8 +319,10 @@ def distill_step(model, teacher, levels, cfg, batch, setting):
         prompt = model.dit.encode_prompt(condition(model, setting.texts, batch.prompts, setting.device))
     with setting.precision(), torch.no_grad():
         cond = condition(teacher, setting.texts, batch.prompts, setting.device)
-        points, end = trajectory(teacher, cond, prime, levels, cfg, batch.draw)
+        beats = batch.beats(c)
+        points, end = trajectory(teacher, cond, prime, levels, cfg, batch.draw, beats)
         context = Context(model, prompt, prime)
+        context.beat = beat_of_block(beats, 0)
     chosen = batch.rng.permutation(len(points))[:len(setting.levels)]
     total = 0
     for i in chosen:
@@ -322,7 +345,8 @@ def game_step(model, critic, batch, phase, setting):
     with setting.precision(), torch.set_grad_enabled(phase == "G"):
         prompt = model.dit.encode_prompt(condition(model, setting.texts, batch.prompts, setting.device))
     with setting.precision():
-        fake, evaluations = rollout(model, prompt, prime, setting.levels, batch.ks, batch.draw)
+        beats = batch.beats(c)
+        fake, evaluations = rollout(model, prompt, prime, setting.levels, batch.ks, batch.draw, beats=beats)
     t = noise_level(batch.uniform)
     is_music = batch.music[:, None, c.context:]
     weights = critic.weights(batch.music, c.context)
@@ -348,7 +372,7 @@ def game_step(model, critic, batch, phase, setting):
     if phase == "G":
         losses = generator_loss(d_real, d_fake, weights)
         gradient, = torch.autograd.grad(losses.sum() * setting.item_weight, fake)
-        replay(model, prompt, prime, fake.detach(), evaluations, gradient, setting.precision)
+        replay(model, prompt, prime, fake.detach(), evaluations, gradient, setting.precision, beats)
         return sums_of(loss=losses) | sums
     different = [own != other for own, other in zip(batch.prompts, batch.others)]
     losses = discriminator_loss(d_real, d_fake, weights)
@@ -362,31 +386,38 @@ def sums_of(**values):
 
 
 # -------------------------------------------------------------------------------- G's own streams
-def pick_up(streams, items, prime, prompts, restart):
-    """The contexts and prompts that the items' own streams have got to: (B, C, context), list.
+def pick_up(streams, items, prime, prompts, starts, restart):
+    """The contexts, prompts and starts that the items' own streams have got to: (B, C, context), two lists.
 
-    streams: {item: (context (C, context), prompt)}. A stream begins from prime and prompts where there is
-    none yet, and where restart, of the whole batch, is true."""
-    starts = dict(zip(items, zip(prime.cpu(), prompts)))
-    states = [starts[item] if restart[item] else streams.get(item, starts[item]) for item in items]
-    contexts, prompts = zip(*states)
-    return torch.stack(contexts).to(prime.device), list(prompts)
+    streams: {item: (context (C, context), prompt, (beats or None, frame where the context begins))}. A stream
+    begins from prime, prompts and starts where there is none yet, and where restart, of the whole batch, is
+    true."""
+    new = dict(zip(items, zip(prime.cpu(), prompts, starts)))
+    states = [new[item] if restart[item] else streams.get(item, new[item]) for item in items]
+    contexts, prompts, starts = zip(*states)
+    starts = [(beats and data.Beats(*beats), frame) for beats, frame in starts]
+    return torch.stack(contexts).to(prime.device), list(prompts), starts
 
 
 def continue_streams(model, batch, items, restart, streams, setting):
     """Play on in the items' own streams: their contexts are what G's playing leads to, and music never does.
 
-    Returns the batch with those contexts and prompts, and {item: (context, prompt)} for `streams`."""
+    Returns the batch with those contexts, prompts and starts, and what `pick_up` takes for `streams`."""
     c = model.config
-    prime, prompts = pick_up(streams, items, batch.latents[..., :c.context], batch.prompts, restart)
+    prime, prompts, starts = pick_up(streams, items, batch.latents[..., :c.context], batch.prompts,
+                                     batch.starts, restart)
+    beats = batch._replace(starts=starts).beats(c)
     ks = [len(setting.levels)] * OWN_BLOCKS
     with setting.precision(), torch.no_grad():
         prompt = model.dit.encode_prompt(condition(model, setting.texts, prompts, setting.device))
         # DPM-Solver++ adds no noise of its own
-        played, _ = rollout(model, prompt, prime, setting.levels, ks, batch.draw, "dpmpp")
+        played, _ = rollout(model, prompt, prime, setting.levels, ks, batch.draw, "dpmpp", beats)
     prime = torch.cat([prime, played], dim=-1)[..., -c.context:]
     latents = torch.cat([prime, batch.latents[..., c.context:]], dim=-1)
-    return batch._replace(latents=latents, prompts=prompts), dict(zip(items, zip(prime.cpu(), prompts)))
+    starts = [(beats, frame + OWN_BLOCKS * c.block) for beats, frame in starts]
+    plain = [(beats and tuple(beats), frame) for beats, frame in starts]    # as a checkpoint can hold it
+    return (batch._replace(latents=latents, prompts=prompts, starts=starts),
+            dict(zip(items, zip(prime.cpu(), prompts, plain))))
 
 
 # -------------------------------------------------------------------------------- phases and reports

@@ -626,7 +626,7 @@ class Crops(NamedTuple):
     latents: torch.Tensor                                   # (n, C, blocks * block) float32
     prompts: list
     missing: torch.Tensor                                   # (n,): blocks at its beginning that are not there
-    starts: list                                            # of (Track, its frame where the crop begins)
+    starts: list                                            # of (Beats or None, frame of the recording)
 
 
 def crops_at(tracks, blocks, block, positions):
@@ -653,19 +653,21 @@ def crops_at(tracks, blocks, block, positions):
         out.append(torch.nn.functional.pad(latents, (length - latents.shape[1], 0)))
         prompts.append(track.prompt)
         missing.append((length - latents.shape[1]) // block)
-        starts.append((track, track.start + start))
+        starts.append((track.beats, track.start + start))
     return Crops(torch.stack(out), prompts, torch.tensor(missing), starts)
 
 
 def beats_at(starts, blocks, config):
     """`controls.beat_features` (n, len(blocks), 18) of blocks, by their numbers in crops that begin at
-    `starts`; zeros where a track's beats are not known."""
+    `Crops.starts`; zeros where a recording's beats are not known. None for a model that cannot be told."""
+    if not config.beats:
+        return None
     features = torch.zeros(len(starts), len(blocks), BEAT_FEATURES)
-    for row, (track, start) in zip(features, starts):
-        if track.beats is not None:
+    for row, (beats, start) in zip(features, starts):
+        if beats is not None:
             seconds = (start + torch.tensor(blocks) * config.block).double() / config.frame_rate
-            bpm = torch.full(seconds.shape, track.beats.bpm, dtype=torch.float64)
-            row.copy_(beat_features(bpm, track.beats.bar_at(seconds)))
+            bpm = torch.full(seconds.shape, beats.bpm, dtype=torch.float64)
+            row.copy_(beat_features(bpm, beats.bar_at(seconds)))
     return features
 
 

@@ -29,6 +29,9 @@ from training import (Average, average_gradients, check_text_encoder, clip_gradi
                       training_loop, words_met)
 
 
+WITHOUT_BEAT = 0.2                                          # share of crops that are told no beat
+
+
 # -------------------------------------------------------------------------------- the loss
 def block_losses(model, prompt, latents, noise, t, remat=False, beat=None):
     """Mean squared error on v of the last m blocks, each at its own noise level: (B, m).
@@ -79,10 +82,9 @@ def validation_loss(model, tracks, texts, args, device, precision):
 
 
 def beats_of_blocks(crops, config, blocks):
-    """Where the last blocks of each crop begin in the bar, (B, blocks, 18), or None for a model that cannot
-    be told."""
+    """Where the last blocks of each crop begin in the bar: see `data.beats_at`."""
     first = config.context_blocks
-    return data.beats_at(crops.starts, range(first, first + blocks), config) if config.beats else None
+    return data.beats_at(crops.starts, range(first, first + blocks), config)
 
 
 def moved(tensor, rows, device):
@@ -144,7 +146,7 @@ def draw_batch(tracks, config, batch, blocks, rows, seed, step, shift=0.0, tag_d
     noise = torch.randn(batch, c.channels, blocks * c.block, generator=generator)
     u = SobolEngine(1, scramble=True, seed=int(rng.integers(2 ** 31))).draw(batch * blocks)
     u = u.reshape(batch, blocks)[:, torch.from_numpy(rng.permutation(blocks))]
-    with_beat = torch.from_numpy(rng.random(batch) >= 0.2)[rows]
+    with_beat = torch.from_numpy(rng.random(batch) >= WITHOUT_BEAT)[rows]
     tag_seeds = rng.integers(2 ** 31, size=batch)[rows]
     crops = data.crops_at(tracks, c.context_blocks + blocks, c.block, positions[rows])
     for item, gone in zip(crops.latents, missing[rows]):

@@ -2587,7 +2587,7 @@ def test_beats_of_blocks_come_from_the_metadata(tmp_path):
     rate = config.frame_rate
     np.save(tmp_path / "a.npy", np.zeros((900, 8), np.float16))
     known = data.Track("a", "x", tmp_path / "a.npy", 20, 900, data.Beats(120.0, 4, 0.25))
-    features = data.beats_at([(known, 50), (known._replace(beats=None), 50)], [3, 4], config)
+    features = data.beats_at([(known.beats, 50), (None, 50)], [3, 4], config)
     bars = [((50 + 6 * block) / rate - 0.25) * 2 / 4 % 1 for block in (3, 4)]
     expected = controls.beat_features(torch.full((2,), 120.0).double(), torch.tensor(bars).double())
     assert torch.allclose(features[0], expected, atol=1e-5) and not features[1].any()
@@ -3028,16 +3028,48 @@ def test_trajectory_is_the_teacher_s_stream():
 
 
 def test_pick_up():
-    """An item's own stream, with the prompt it began with; music's context where there is none or a new one
-    is to begin."""
-    kept, prime = {0: (torch.full((8, 4), 7.0), "seven"),
-                   3: (torch.full((8, 4), 9.0), "nine")}, torch.randn(3, 8, 4)
-    contexts, prompts = arc_forcing.pick_up(kept, range(1, 4), prime, ["a", "b", "c"],
-                                            [True, False, False, False])
+    """An item's own stream, with the prompt it began with and the beats that it has got to; music's context
+    where there is none or a new one is to begin."""
+    prime = torch.randn(3, 8, 4)
+    kept = {0: (torch.full((8, 4), 7.0), "seven", (None, 70)),
+            3: (torch.full((8, 4), 9.0), "nine", ((90.0, 3.0, 0.5), 24))}
+    new = ["a", "b", "c"], [(data.Beats(60, 4, 0), 5), (None, 6), (None, 7)]
+    contexts, prompts, starts = arc_forcing.pick_up(kept, range(1, 4), prime, *new, [True, False, False, False])
     assert prompts == ["a", "b", "nine"] and torch.equal(contexts[:2], prime[:2]) and (contexts[2] == 9).all()
-    contexts, prompts = arc_forcing.pick_up(kept, range(3), prime, ["a", "b", "c"], [False] * 3)
+    assert starts == [(data.Beats(60, 4, 0), 5), (None, 6), (data.Beats(90, 3, 0.5), 24)]
+    contexts, prompts, starts = arc_forcing.pick_up(kept, range(3), prime, *new, [False] * 3)
     assert prompts == ["seven", "b", "c"] and (contexts[0] == 7).all() and torch.equal(contexts[1:], prime[1:])
-    assert arc_forcing.pick_up(kept, range(3), prime, ["a", "b", "c"], [True] * 3)[1] == ["a", "b", "c"]
+    assert starts[0] == (None, 70)
+    assert arc_forcing.pick_up(kept, range(3), prime, *new, [True] * 3)[1:] == tuple(map(list, new))
+
+
+def test_arc_tells_the_beat(tmp_path):
+    """A rolled-out block gets the features of its own first frame, a short track's where it was moved to."""
+    config = replace(TINY, beats=True)
+    model = tiny(beats=True)
+    np.save(tmp_path / "a.npy", np.zeros((31, 8), np.float16))
+    beats = data.Beats(120.0, 4, 0.25)
+    track = data.Track("a", "slow", tmp_path / "a.npy", 0, 31, beats)
+    batch = arc_forcing.draw_batch([track], config, 40, 4, 3, slice(0, 40), 0, "G", 0)
+    features = batch.beats(config)
+    frames = 31 - 7 * 6 + 6 * torch.arange(3, 7)            # a block of the crop is not there
+    frames += 0 if batch.music[0, 18] else 6
+    bars = [beats.bar_at(frame.item() / config.frame_rate) for frame in frames]
+    expected = controls.beat_features(torch.full((4,), 120.0).double(), torch.tensor(bars).double())
+    told = batch.with_beat[:, 0, 0] == 1
+    assert torch.allclose(features[told], expected.expand(int(told.sum()), -1, -1), atol=1e-5)
+    assert not features[~told].any() and 0.6 < told.float().mean() < 1
+    prompt = model.dit.encode_prompt(condition(model))
+    prime = torch.randn(2, 8, 18)
+    args = model, prompt, prime, LEVELS, [3] * 4
+    with torch.no_grad():
+        plain, _ = arc_forcing.rollout(*args, noises(4))
+        with_beats, _ = arc_forcing.rollout(*args, noises(4), beats=features[told][:2])
+        steady = lambda number: (120.0, bars[number])
+        streamed = latents_of(model, condition(model), 4, steps=3, sampler="pingpong", seed=4, prime=prime,
+                              beat=steady)
+    assert (plain - with_beats).abs().max() > 1e-3
+    assert (streamed - with_beats).abs().max() < 1e-5
 
 
 def test_on_policy_warmup_plays_its_own_streams(finetuned, call):
@@ -3145,9 +3177,9 @@ def test_arc_accumulation_and_processes_change_nothing(finetuned, tiny_file, cal
     assert [row["phase"] for row in rows[0]] == ["warm G", "warm G", "D", "G"]
     for other, logged in zip(others, rows[1:]):
         assert plain["streams"].keys() == other["streams"].keys() == {0, 1, 2, 3}
-        for (one, prompt), (two, prompt2) in zip(plain["streams"].values(),
-                                                 (other["streams"][i] for i in plain["streams"])):
-            assert prompt == prompt2 and (one - two).abs().max() < 1e-5
+        for item, (one, prompt, start) in plain["streams"].items():
+            two, prompt2, start2 = other["streams"][item]
+            assert (prompt, start) == (prompt2, start2) and (one - two).abs().max() < 1e-5
         for player in "DG":    # after one step of Adam: a tenth of the clipped mean gradient
             one, two = (x["optimizers"][player]["state"] for x in (plain, other))
             assert one.keys() == two.keys() and all(s["step"] == 1 for s in two.values())
