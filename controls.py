@@ -37,11 +37,11 @@ def beat_features(bpm, bar):
 
 
 def beat_of(beat, batch, device):
-    """(tempo in bpm, place in the bar) or None -> `beat_features` (batch, 1, 18); zeros where nothing is
-    told."""
+    """(tempo in bpm, place in the bar), numbers or tensors (batch,), or None -> `beat_features` (batch, 1,
+    18); zeros where nothing is told."""
     if beat is None:
         return torch.zeros(batch, 1, BEAT_FEATURES, device=device)
-    bpm, bar = (torch.full((batch, 1), float(number), dtype=torch.float64, device=device) for number in beat)
+    bpm, bar = (torch.as_tensor(x, dtype=torch.float64, device=device).expand(batch)[:, None] for x in beat)
     return beat_features(bpm, bar)
 
 

@@ -23,6 +23,7 @@ import data
 from audio import decode_stream, decoder_margin, encode_chunks, pcm
 from common import (PRECISIONS, UserError, check_streams, default_checkpoint, device_of, finite, load,
                     playing_precision, run, speed, step_count, thread_count, whole, writable)
+from controls import steady_beat
 from figures import (BEAT_ERROR, brightness, chroma_change, features, frechet, genre_features, HOP,
                      key_obeyed, key_of, level, log_mel, NEAR_BEAT, nearest_genre, offsets_of, on_the_grid,
                      onset_times, onsets_per_second, scale_of, seams, tempo_obeyed, tempo_of, width)
@@ -55,14 +56,16 @@ def read_split(folder, dataset, config, seconds, most):
             for tracks in (dataset.train, dataset.validation)]
 
 
-def make_streams(model, prompts, seconds, args):
-    """One stream for each seed, prompts in turn, all at once: audio (2, n) and latents (C, T) of each."""
+def make_streams(model, prompts, seconds, args, beat=None):
+    """One stream for each seed, prompts in turn, all at once: audio (2, n) and latents (C, T) of each.
+
+    beat: see `stream`."""
     c = model.config
     seeds = range(args.seeds)
     cond = model.conditioner([prompts[seed % len(prompts)] for seed in seeds], **c.stream_numbers)
     blocks = math.ceil((seconds * c.frame_rate + decoder_margin(c)) / c.block)
     made = stream(model, cond, blocks=blocks, steps=args.steps, sampler=args.sampler, cfg=args.cfg,
-                  seed=seeds)
+                  seed=seeds, beat=beat)
     progress = tqdm(made, desc="blocks", total=blocks, file=sys.stderr, disable=None)
     latents = torch.cat(list(progress), dim=-1)
     out = []
@@ -359,6 +362,13 @@ def genre_of_each(heard, pieces, references, genres):
     return found
 
 
+def beats_of(asked, count, config):
+    """For `stream`: each of `count` streams keeps to the tempo of its row of labels."""
+    rows = [asked[seed % len(asked)] for seed in range(count)]
+    beats = [steady_beat(config, row["bpm"], float(row.get("beats_per_bar") or 4)) for row in rows]
+    return lambda number: torch.tensor([beat(number) for beat in beats]).double().T
+
+
 def obey(model, dataset, args):
     """Print how often streams obey held-out prompts in tempo, key, genre and beats.
 
@@ -377,7 +387,9 @@ def obey(model, dataset, args):
     excerpts = [middle(folder, track, c, seconds) for track in tracks]
     renders = [hear(audio, c.sample_rate) for audio, _ in excerpts]
     decoded = [hear(through_autoencoder(model, audio), c.sample_rate) for audio, _ in excerpts]
-    streamed = make_streams(model, [known_words(model, track.prompt) for track in tracks], seconds, args)
+    prompts = [known_words(model, track.prompt) for track in tracks]
+    beat = beats_of(asked, args.seeds, c) if args.beats else None
+    streamed = make_streams(model, prompts, seconds, args, beat)
     streams = [hear(audio, c.sample_rate) for audio, _ in streamed]
 
     more = [track for track in labelled if track not in tracks]
@@ -388,7 +400,7 @@ def obey(model, dataset, args):
 
     once = range(len(tracks))
     turns = [seed % len(tracks) for seed in range(args.seeds)]      # the piece whose prompt each stream got
-    firsts = [row["first_beat"] * c.hop / c.sample_rate - start for row, (_, start) in zip(asked, excerpts)]
+    firsts = [row["first_beat"] - start for row, (_, start) in zip(asked, excerpts)]
 
     def judged(sounds, pieces, firsts):
         found = genre_of_each(sounds, pieces, references, genres)
@@ -435,6 +447,8 @@ def parse_args():
     p.add_argument("--obey", action="store_true",
                    help="how often streams have their prompt's tempo, key and genre; takes a metadata.csv "
                         f"with the columns {', '.join(LABELS)}")
+    p.add_argument("--beats", action="store_true",
+                   help="with --obey: tell the model the beats too (as sample.py --bpm), not only the prompt")
     p.add_argument("--seconds", type=whole,
                    help="length of each stream (default: 30, --drift 120, --obey 15)")
     p.add_argument("--window", type=whole, default=10, help="seconds that --drift looks at together")
@@ -458,6 +472,8 @@ def parse_args():
         raise UserError("--drift and --obey are two measurements: one at a time")
     if args.drift and args.picture:
         raise UserError("--picture is for the figures without --drift, which draws its own (--out)")
+    if args.beats and not args.obey:
+        raise UserError("--beats goes with --obey")
     if args.obey and args.picture:
         raise UserError("--picture is for the figures without --obey")
     args.seeds = args.seeds or (48 if args.obey else 8)
@@ -480,6 +496,8 @@ def main():
     path = args.ckpt or default_checkpoint()
     model = load(path).to(device_of(args.device))
     check_streams(path, model.stage)
+    if args.beats and not model.config.beats:
+        raise UserError(f"--beats: {path} cannot be told a beat")
     dataset = data.prepare(args.data, model, device=args.device)    # the training's own split
     precision = playing_precision(model, args.precision)
     settings = sampling_settings(model, args.steps, args.sampler, args.cfg)

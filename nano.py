@@ -21,10 +21,13 @@ import argparse
 import contextlib
 import math
 import os
+import shlex
+import subprocess
 import sys
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -505,11 +508,65 @@ def pack(args):
     print(f"-> {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB", file=sys.stderr)
 
 
+# -------------------------------------------------------------------------------- the whole recipe
+class Sizes(NamedTuple):
+    """How much of everything."""
+    hours: float                                            # of labelled pieces
+    note_hours: float                                       # of random notes, for the autoencoder
+    autoencoder: str                                        # options of its training
+    dit: str                                                # options of the DiT's
+    decoder: str                                            # options of the decoder's, when latents are settled
+
+
+FULL = Sizes(24, 5, "--steps 8000 --batch 32 --crop 32768", "--steps 20000 --batch 32",
+             "--steps 4000 --batch 16 --crop 32768")
+QUICK = Sizes(0.5, 0.1, "--steps 120 --batch 8 --crop 16384 --every 60",
+              "--steps 120 --batch 8 --every 60 --validation-crops 8 --sample-every 0",
+              "--steps 40 --batch 8 --crop 16384 --every 20")
+
+
+def commands(sizes, folder, music):
+    """The recipe: what is run one after the other, each a script of this repository and its options.
+
+    folder: for everything that is made; music: folders of further recordings for the autoencoder."""
+    pieces, notes = f"{folder}/band", f"{folder}/notes"
+    codec, decoder, dit = (f"{folder}/{name}.pt" for name in ("codec", "decoder", "dit"))
+    sounds = " ".join(map(shlex.quote, [pieces, notes, *music]))
+    resume = "--resume" if Path(dit).exists() else f"--init {codec}"
+    return [f"band.py {pieces} --keys few --hours {sizes.hours}",
+            f"band.py {notes} --kind notes --hours {sizes.note_hours}",
+            f"nano.py autoencoder --encoder --data {sounds} --out {codec} {sizes.autoencoder}",
+            f"finetune.py {resume} --data {pieces} --out {dit} --causal --muon --lr 1.5e-3 --lr-end 3e-5 "
+            f"--warmup 50 --shift 1 --ema 0.995 --tag-dropout 0.3 {sizes.dit}",
+            f"nano.py autoencoder --init {codec} --adversary 0.1 --data {sounds} --out {decoder} "
+            f"{sizes.decoder}",
+            f"nano.py pack --ckpt {dit} --autoencoder {decoder} --out {folder}/nano.pt --steps 8 --cfg 3"]
+
+
+def follow(args):
+    """Run all commands. What an earlier run has finished is passed over quickly, what it began is gone on
+    with."""
+    for command in commands(QUICK if args.quick else FULL, args.folder, args.music):
+        script, *options = shlex.split(command)
+        print(f"$ python {command}", file=sys.stderr, flush=True)
+        began = time.time()
+        done = subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *options])
+        if done.returncode:
+            raise UserError(f"the recipe ends here: {script} failed; mend it and run the same again")
+        print(f"{time.time() - began:.0f} s", file=sys.stderr)
+
+
 # -------------------------------------------------------------------------------- command line
 def parser():
     p = argparse.ArgumentParser(description="Make the small model that ships here, stage by stage.",
                                 allow_abbrev=False)
     stages = p.add_subparsers(dest="stage", required=True)
+    s = stages.add_parser("recipe", help="all stages, one after the other; run again to go on")
+    s.add_argument("--folder", default="out/nano", help="for all that is made, 20 GB (--quick: 1 GB)")
+    s.add_argument("--music", nargs="*", default=[], help="folders of recordings that the autoencoder shall "
+                   "know too")
+    s.add_argument("--quick", action="store_true", help="little of everything: a test of the recipe")
+    s.set_defaults(run=follow)
     s = stages.add_parser("data", help="render scores")
     s.add_argument("--data", default="data/nano")
     s.add_argument("--tracks", type=whole, default=413,
