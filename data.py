@@ -406,7 +406,9 @@ def fingerprint(model):
     """What latents depend on besides the audio: the encoder's weights, the rate and the strides. 8 hex
     digits."""
     c = model.config
-    crc = zlib.crc32(repr((c.sample_rate, c.audio_channels, c.ae_multipliers, c.ae_strides)).encode())
+    sizes = c.sample_rate, c.audio_channels, c.ae_multipliers, c.ae_strides
+    sizes += (c.latent_limit,) * bool(c.latent_limit)       # without one, latents made before there was one hold
+    crc = zlib.crc32(repr(sizes).encode())
     weights = model.autoencoder.encoder.state_dict()
     weights |= {name: buffer for name, buffer in model.named_buffers() if name.startswith("sketch_")}
     for name, weight in sorted(weights.items()):

@@ -38,6 +38,7 @@ class Config:
     ae_width: int = 128
     ae_multipliers: tuple = (1, 2, 4, 8, 16)
     ae_strides: tuple = (2, 4, 4, 8, 8)
+    latent_limit: float = 0.0                               # latents lie within +-this; 0: anywhere
     # what the DiT makes beside the latents, 0 in public models: controls.py
     pitch_channels: int = 0
     level_channels: int = 0
@@ -131,8 +132,8 @@ def as_tuple(value):
 
 PRESETS = {
     "nano": Config(
-        ae_width=16, ae_multipliers=(2, 4, 8, 16, 32), ae_strides=(4, 4, 4, 4, 4), pitch_channels=12,
-        level_channels=8, text="words", text_tokens=16, text_width=1024, cond_width=128, width=256, depth=6,
+        ae_width=16, ae_multipliers=(2, 4, 8, 16, 32), ae_strides=(4, 4, 4, 4, 4), latent_limit=6.0,
+        pitch_channels=12, level_channels=8, text="words", text_tokens=16, text_width=1024, cond_width=128, width=256, depth=4,
         heads=4, beats=True),
     "sao_small": Config(),
     "sao_1_0": Config(
@@ -229,6 +230,7 @@ class Autoencoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.hop = config.hop
+        self.limit = config.latent_limit or math.inf
         widths = [config.ae_width] + [config.ae_width * m for m in config.ae_multipliers]
         levels = list(zip(widths, widths[1:], config.ae_strides))       # (audio side, latent side, stride)
 
@@ -254,7 +256,7 @@ class Autoencoder(nn.Module):
         dropped."""
         audio = audio[..., :audio.shape[-1] // self.hop * self.hop]
         mean, scale = self.encoder(audio).chunk(2, dim=1)
-        return mean, F.softplus(scale) + 1e-4
+        return mean.clamp(-self.limit, self.limit), F.softplus(scale) + 1e-4
 
     def encode(self, audio):
         """(B, 2, samples) in [-1, 1] -> latents (B, C, T): the posterior's mean."""
