@@ -133,8 +133,8 @@ def as_tuple(value):
 PRESETS = {
     "nano": Config(
         ae_width=16, ae_multipliers=(2, 4, 8, 16, 32), ae_strides=(4, 4, 4, 4, 4), latent_limit=6.0,
-        pitch_channels=12, level_channels=8, text="words", text_tokens=16, text_width=1024, cond_width=128, width=256, depth=4,
-        heads=4, beats=True),
+        pitch_channels=12, level_channels=8, text="words", text_tokens=16, text_width=1024, cond_width=128,
+        width=256, depth=4, heads=4, beats=True),
     "sao_small": Config(),
     "sao_1_0": Config(
         text_tokens=128, numbers=(("seconds_start", 0, 512), ("seconds_total", 0, 512)),
