@@ -279,8 +279,8 @@ def read_metadata(folder, notes=None, value=lambda row: as_text(row["text"])):
     """All metadata files under the folder -> {file name relative to the folder: value of its row}; a name
     that Unicode can write in two ways is there in its composed form too.
 
-    value: by default the prompt. UserError where one cannot be understood: training on wrong prompts would go unnoticed for hours. A
-    `metadata.json` may be another program's and is then left alone, with a note."""
+    value: by default the prompt. UserError where one cannot be understood: training on wrong prompts would go
+    unnoticed for hours. A `metadata.json` may be another program's and is then left alone, with a note."""
     notes = [] if notes is None else notes
     values = {}
     files = [f for f in find_files(folder).ignored if f.name in METADATA]
@@ -407,7 +407,8 @@ def fingerprint(model):
     digits."""
     c = model.config
     sizes = c.sample_rate, c.audio_channels, c.ae_multipliers, c.ae_strides
-    sizes += (c.latent_limit,) * bool(c.latent_limit)       # without one, latents made before there was one hold
+    if c.latent_limit:    # without one, latents that were made before limits existed are still right
+        sizes += c.latent_limit,
     crc = zlib.crc32(repr(sizes).encode())
     weights = model.autoencoder.encoder.state_dict()
     weights |= {name: buffer for name, buffer in model.named_buffers() if name.startswith("sketch_")}

@@ -23,9 +23,9 @@ import data
 from common import (UserError, finite, fraction, load, not_negative, positive_finite, random_seed, regime_of,
                     run, save, speed, thread_count, training_precision, uninterrupted, whole, whole_or_zero)
 from model import Numbered, add_noise, shift_time, velocity
-from training import (Average, average_gradients, check_text_encoder, clip_gradients, condition, describe_batch,
-                      encode_texts, keep_earlier_run, Log, millions, parse, prepare_once, progress_bar,
-                      render_sample, restore, say, say_changes, say_done, set_up, track_records,
+from training import (Average, average_gradients, check_text_encoder, clip_gradients, condition,
+                      describe_batch, encode_texts, keep_earlier_run, Log, millions, parse, prepare_once,
+                      progress_bar, render_sample, restore, say, say_changes, say_done, set_up, track_records,
                       training_loop, words_met)
 
 
@@ -37,10 +37,11 @@ def block_losses(model, prompt, latents, noise, t, remat=False, beat=None):
     """Mean squared error on v of the last m blocks, each at its own noise level: (B, m).
 
     prompt: EncodedPrompt; latents (B, C, n * block), the last m blocks to be learned; noise (B, C, m *
-    block); t (B, m); beat (B, m, 18): where they begin in the bar, or None. One pass over [clean blocks | noisy blocks | timestep tokens]: a noisy block sees the
-    clean blocks before it, never itself clean. Block-causal, this equals m passes of one block each after its
-    whole history. Raises ValueError for more than one block encoder-decoder: there all clean blocks see each
-    other, and through them a noisy block would see itself clean."""
+    block); t (B, m); beat (B, m, 18): where they begin in the bar, or None. One pass over [clean blocks |
+    noisy blocks | timestep tokens]: a noisy block sees the clean blocks before it, never itself clean.
+    Block-causal, this equals m passes of one block each after its whole history. Raises ValueError for more
+    than one block encoder-decoder: there all clean blocks see each other, and through them a noisy block
+    would see itself clean."""
     c = model.config
     m = t.shape[1]
     if m > 1 and not c.causal:
@@ -199,7 +200,7 @@ def parser():
     p.add_argument("--ema", type=fraction, default=0.0,
                    help="play and save an average of the weights that keeps this share each step (0.995)")
     p.add_argument("--tag-dropout", type=fraction, default=0.0,
-                   help="in half of all crops drop each part of a prompt between commas with this probability")
+                   help="in half of all crops drop each part of a prompt between commas at this rate")
     p.add_argument("--clip", type=not_negative, default=1.0, help="largest gradient norm, 0 for no clipping")
     p.add_argument("--seed", type=random_seed, default=0)
     # reports
@@ -262,7 +263,7 @@ def learning_rate(step, args):
 
 
 def make_optimizers(model, trained, args):
-    """For matrices of the layers Muon (arXiv 2502.16982), where it is asked for; AdamW for everything else."""
+    """Muon (arXiv 2502.16982) for matrices of the layers, where asked for; AdamW for all else. A list."""
     if not args.muon:
         return [torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.999), weight_decay=0)]
     matrices = [p for p in model.dit.layers.parameters() if p.ndim == 2]

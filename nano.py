@@ -515,7 +515,7 @@ class Sizes(NamedTuple):
     note_hours: float                                       # of random notes, for the autoencoder
     autoencoder: str                                        # options of its training
     dit: str                                                # options of the DiT's
-    decoder: str                                            # options of the decoder's, when latents are settled
+    decoder: str                                            # options of the decoder's, afterwards
 
 
 FULL = Sizes(24, 5, "--steps 8000 --batch 32 --crop 32768", "--steps 20000 --batch 32",

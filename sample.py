@@ -336,8 +336,8 @@ def parse(argv=None):
                    help="length (default: 30, or a whole clip if that is shorter; with --live inf); "
                    "inf plays until stopped")
     p.add_argument("--prime", help="audio file to go on from")
-    p.add_argument("--bpm", type=tempo, help="beats a minute to keep to, four to a bar, from the first sample on "
-                   "(for models that can be told)")
+    p.add_argument("--bpm", type=tempo,
+                   help="beats a minute to keep to, four to a bar (for models that can be told)")
     p.add_argument("--live", action="store_true",
                    help="each line typed while a player plays is the prompt from the next block on "
                    "(not on Windows)")
