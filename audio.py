@@ -29,15 +29,17 @@ def encoder_margin(config):
     return math.ceil((reach + 3) / config.hop)
 
 
-def encode_chunks(model, audio_chunks):
-    """Audio tensors (2, n) -> latents (channels, n) float32 on the CPU, piece by piece, as if encoded
-    whole."""
+def encode_chunks(model, audio_chunks, frames=None):
+    """Audio tensors (2, n) -> latents (channels, n) float32 on the CPU, piece by piece, as if encoded whole.
+
+    frames: of a piece, but for the last; None: some seconds. A piece comes as soon as the audio has reached
+    `encoder_margin` frames beyond it."""
     config = model.config
     if speed:
         speed.lay_out(model.autoencoder)
     device = next(model.autoencoder.parameters()).device
     margin = encoder_margin(config)
-    size = max(margin, round(PIECE * config.frame_rate))
+    size = frames or max(margin, round(PIECE * config.frame_rate))
     for piece, left, keep in overlapped(audio_chunks, size * config.hop, margin * config.hop):
         if keep >= config.hop:
             with torch.no_grad():
@@ -147,9 +149,26 @@ def decode_stream(autoencoder, latent_blocks, compile=False):
     A piece is what its block settles; the rest, for which the decoder must know what follows, comes with the
     next. compile: see `speed.StreamingDecoder`; where that does not work its UserError comes here, not with
     the first piece."""
-    # two of the same results: the one above, and a faster one, tested against each other
-    decoder = speed.StreamingDecoder(autoencoder, compile) if speed else StreamingDecoder(autoencoder)
-    return decoded_pieces(decoder, latent_blocks)
+    return decoded_pieces(streaming_decoder(autoencoder, compile), latent_blocks)
+
+
+def streaming_decoder(autoencoder, compile=False):
+    """One of two decoders of the same results: the one above, or a faster one where there is speed.py."""
+    return speed.StreamingDecoder(autoencoder, compile) if speed else StreamingDecoder(autoencoder)
+
+
+def decoder_state(decoder):
+    """What a streaming decoder's layers keep, by the layers' names: {name: tensor}."""
+    names = {layer: name for name, layer in decoder.layers.named_modules()}
+    return {names[layer]: kept.clone() for layer, kept in decoder.kept.items()}
+
+
+def restore_decoder(decoder, state):
+    """The inverse of `decoder_state`, for a decoder that has not decoded anything yet."""
+    layers = dict(decoder.layers.named_modules())
+    weight = decoder.layers[0].weight
+    decoder.kept = {layers[name]: kept.to(weight.device) for name, kept in state.items()}
+    decoder.keepers = list(decoder.kept)                    # the faster one's order
 
 
 def decoded_pieces(decoder, latent_blocks):

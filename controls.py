@@ -7,6 +7,7 @@ the rest (for pictures: arXiv 2504.16064). Log energies of 60 semitones, relativ
 `Config.pitch_channels`; those of 12 bands of mid and of side become `Config.level_channels`: pitch and
 loudness apart, so that one can be given without the other. """
 import math
+import re
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ WINDOW = 8192                                               # samples, centred o
 SEMITONES = 60
 LOWEST = 36                                                 # MIDI number of the lowest
 BANDS = 12
+BEATS_A_BAR = 4
 PITCH, LEVEL = slice(0, SEMITONES), slice(SEMITONES, SEMITONES + 2 * BANDS)     # rows of features
 
 
@@ -45,7 +47,7 @@ def beat_of(beat, batch, device):
     return beat_features(bpm, bar)
 
 
-def steady_beat(config, bpm, beats_per_bar=4):
+def steady_beat(config, bpm, beats_per_bar=BEATS_A_BAR):
     """For `stream`: a tempo that stays, the first block beginning a bar."""
     bars_a_block = config.block / config.frame_rate * bpm / 60 / beats_per_bar
     return lambda number: (bpm, number * bars_a_block % 1)
@@ -120,3 +122,69 @@ def encode(model, audio):
         return latents
     sketch = model.sketch_directions @ (features(audio, model.config) - model.sketch_mean[:, None])
     return torch.cat([latents, sketch], dim=1)
+
+
+# -------------------------------------------------------------------------------- what a player gives
+GIVES = "pitch", "level", "both"
+CHORDS = {                                                  # semitones above the root
+    "": (0, 4, 7), "maj": (0, 4, 7), "m": (0, 3, 7), "min": (0, 3, 7), "5": (0, 7), "6": (0, 4, 7, 9),
+    "m6": (0, 3, 7, 9), "7": (0, 4, 7, 10), "maj7": (0, 4, 7, 11), "m7": (0, 3, 7, 10),
+    "m7b5": (0, 3, 6, 10), "dim": (0, 3, 6), "dim7": (0, 3, 6, 9), "aug": (0, 4, 8), "sus2": (0, 2, 7),
+    "sus4": (0, 5, 7), "add9": (0, 2, 4, 7), "9": (0, 2, 4, 7, 10)}
+
+
+def chord_notes(name):
+    """"F#m7" -> its pitch classes (0 is C), the root first; None where that is no chord."""
+    found = re.fullmatch(r"([A-G])([#b]?)(.*)", name.replace("\u266f", "#").replace("\u266d", "b"))
+    if not found or found[3] not in CHORDS:
+        return None
+    root = "C D EF G A B".index(found[1]) + {"": 0, "#": 1, "b": -1}[found[2]]
+    return [(root + interval) % 12 for interval in CHORDS[found[3]]]
+
+
+@lru_cache(maxsize=64)
+def chord_features(name, config):
+    """What `features` hears of a chord, held: (84,). The root lies below middle C, the chord around it."""
+    notes = chord_notes(name)
+    midi = [48 + notes[0], *(60 + note if note < 7 else 48 + note for note in notes)]
+    seconds = torch.arange(2 * WINDOW) / config.sample_rate
+    tone = torch.zeros(2 * WINDOW)
+    for number in midi:
+        for partial in range(1, 7):
+            hertz = partial * 440 * 2 ** ((number - 69) / 12)
+            tone += 0.1 / partial * torch.sin(2 * math.pi * hertz * seconds)
+    heard = features(tone.expand(1, 2, -1), config)[0]
+    return heard[:, heard.shape[-1] // 2]
+
+
+def sketch_channels(model, heard):
+    """Features (84, T) -> the channels of the model's sketch (pitch and level channels, T)."""
+    return model.sketch_directions @ (heard.to(model.sketch_mean.device) - model.sketch_mean[:, None])
+
+
+def chord_channels(model, names, bpm, bars):
+    """Chords, a bar each, over and over -> the sketch's channels of a block that begins after so many
+    bars."""
+    c = model.config
+    frames = bars + torch.arange(c.block, dtype=torch.float64) / c.frame_rate * bpm / 60 / BEATS_A_BAR
+    chords = (frames + 1e-6).floor().long() % len(names)
+    columns = torch.stack([chord_features(name, c) for name in names], dim=1)   # (84, chords)
+    return sketch_channels(model, columns[:, chords])
+
+
+def given_of(model, pieces):
+    """[(the sketch's channels (channels, block), "pitch", "level" or "both", until)] -> `Given`."""
+    c = model.config
+    device = model.sketch_mean.device
+    values = torch.zeros(1, c.channels, c.block, device=device)
+    mask = torch.zeros(c.channels, 1, dtype=torch.bool, device=device)
+    level = c.latent_channels + c.pitch_channels
+    rows = dict(pitch=slice(c.latent_channels, level), level=slice(level, c.channels),
+                both=slice(c.latent_channels, c.channels))
+    for channels, what, _ in pieces:
+        whole = torch.zeros(c.channels, c.block, device=device)
+        whole[c.latent_channels:] = channels
+        values[:, rows[what]] = whole[rows[what]]
+        mask[rows[what]] = True
+    until = torch.tensor(max(until for _, _, until in pieces), device=device)
+    return Given(values, mask, until)

@@ -106,9 +106,9 @@ def overlapped(chunks, size, margin):
         left = min(margin, left + size)
 
 
-def resampled(chunks, rate, new_rate):
-    """A stream of (2, n) at `rate` -> the same at `new_rate`, in Hz: whole periods of the filter at a
-    time."""
+def resampled(chunks, rate, new_rate, seconds=1.0):
+    """A stream of (2, n) at `rate` -> the same at `new_rate`, in Hz: whole periods of the filter at a time, as
+    many as make about so many seconds."""
     ratio = Fraction(rate, new_rate).limit_denominator(1000)    # an odd rate would need gigabytes of filters
     p, q = ratio.numerator, ratio.denominator
     if p == q:
@@ -117,7 +117,7 @@ def resampled(chunks, rate, new_rate):
     from torchaudio.transforms import Resample              # here, because importing it takes a second
     resample = Resample(p, q)
     margin = (resample.width // p + 1) * p
-    size = max(1, rate // p) * p
+    size = max(1, round(seconds * rate) // p) * p
     for piece, left, keep in overlapped(chunks, size, margin):
         start = left // p * q
         yield resample(piece.contiguous())[..., start:start - (-keep * q // p)]     # up to ceil(keep * q / p)

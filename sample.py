@@ -5,13 +5,12 @@
 
 `denoise_block` makes a block, `Context` remembers the finished ones (the KV cache), `stream` puts them
 together; training rolls out with the same. `decode_stream` in audio.py turns blocks into sound. See "How it
-works" in the README. """
+works" in the README. What is played when: live.py. """
 import argparse
 import contextlib
 import itertools
 import math
 import os
-import select
 import sys
 import time
 
@@ -19,14 +18,20 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from audio import decode_stream, decoder_margin, encode_file, open_output, pcm
-from common import (PRECISIONS, UserError, default_checkpoint, device_of, discard_output, finite, keep_inputs,
-                    load, needs_speed, playing_precision, positive, random_seed, reason_of, regime_of, run,
-                    speed, step_count, tempo, thread_count)
-from controls import beat_of, steady_beat
-from model import NO_BLOCKS, Cond, Numbered, add_noise, alpha_sigma, denoise, forget_t5, schedule, words_of
+from audio import decode_stream, decoder_margin, encode_file, open_output, pcm     # decode_stream for callers
+from common import (PRECISIONS, UserError, default_checkpoint, device_of, discard_output, finite, fraction,
+                    keep_inputs, load, needs_speed, not_negative, playing_precision, positive,
+                    positive_finite, random_seed, reason_of, regime_of, run, speed, step_count, tempo,
+                    thread_count, whole_or_zero, writable)
+from controls import GIVES, beat_of
+from live import Turn, known_words, prompt_encoder
+from model import NO_BLOCKS, Cond, Numbered, add_noise, alpha_sigma, denoise, forget_t5, schedule
+from stage import (Listening, Pace, Sound, Stopping, Typing, audio_from, control_of, first_signal_sets,
+                   handed_out, load_state, save_state, take_line)
 
 SAMPLERS = "euler", "dpmpp", "pingpong"
+GUIDED_BLOCKS = 2                                           # after a change of prompt, by "pingpong++"
+GUIDANCE = 0.7                                              # of these: 1 is the conditional model alone
 DEFAULTS = {                                                # by the stage recorded in the checkpoint
     "base": dict(sampler="pingpong", steps=8, cfg=1.0),
     "finetune": dict(sampler="euler", steps=50, cfg=7.0),
@@ -51,15 +56,11 @@ class Context:
         self.prompt = prompt
         self.use_cache = use_cache
         self.keeps_cached = use_cache and c.causal          # what is cached of a finished block never changes
-        if not use_cache:
-            blocks_kept = c.reach_blocks
-        else:
-            blocks_kept = 1 if c.causal else c.context_blocks
-        self.frames_kept = blocks_kept * c.block
+        self.frames_kept = (c.context_blocks if use_cache else c.reach_blocks) * c.block
         self.start = first * c.block                        # the next block's first frame
         self.kv = None                                      # cached: per layer (k, v)
         self.beat = None                                    # of the next block: `controls.beat_of` (B, 1, 18)
-        self.waiting = False                                # are there finished latents that are not cached?
+        self.waiting = 0    # so many finished blocks, the last, are not cached
         self.finished = prime[..., :0]                      # latents of the last `frames_kept` frames
         blocks = list(prime.split(c.block, dim=-1)) if prime.shape[-1] else []
         zeros = prime.new_zeros(*prime.shape[:-1], c.block)
@@ -75,9 +76,14 @@ class Context:
         assert not lost, "the finished block before this one is not cached: call predict() between two blocks"
         self.finished = torch.cat([self.finished, block.detach()], dim=-1)[..., -self.frames_kept:]
         self.start = self.start + self.model.config.block
-        self.waiting = True
+        self.let_wait()
+
+    def let_wait(self):
+        """The block finished last waits, and where nothing that is cached can stay, all of `finished`
+        does."""
         if not self.keeps_cached:
             self.kv = None
+        self.waiting = 1 if self.kv is not None else self.finished.shape[-1] // self.model.config.block
 
     def predict(self, x=None, t=None):
         """v (B, C, block) of the next block x at level t: one pass over [waiting blocks | x | its timestep
@@ -94,12 +100,12 @@ class Context:
         if x is not None:
             noisy = Numbered(repeated(x, batch), (0,))
             t = t.expand(batch, 1)
-        n_waiting = self.finished.shape[-1] // block if self.waiting else 0
-        if n_waiting:
-            clean = Numbered(repeated(self.finished, batch), tuple(range(-n_waiting, 0)))
+        if self.waiting:
+            latents = self.finished[..., -self.waiting * block:]
+            clean = Numbered(repeated(latents, batch), tuple(range(-self.waiting, 0)))
         if self.kv is not None:
             n_cached = self.kv[0][0].shape[2] // block
-            cached = Numbered(self.kv, tuple(range(-n_waiting - n_cached, -n_waiting)))
+            cached = Numbered(self.kv, tuple(range(-self.waiting - n_cached, -self.waiting)))
         v, keys_values = self.model.dit.blocks(self.prompt, noisy, t, clean, cached, self.start, beat)
         if self.waiting and self.use_cache:
             self.remember(keys_values)
@@ -112,7 +118,39 @@ class Context:
             new = [(torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2))
                    for (k, v), (new_k, new_v) in zip(self.kv, new)]
         self.kv = [(k[:, :, -keep:], v[:, :, -keep:]) for k, v in new]
-        self.waiting = False
+        self.waiting = 0
+
+    def take_prompt(self, prompt, forget=None):
+        """A new prompt, from the next block on. What is cached stays as the old one made it, unless `forget`
+        is a number: then the context is read again under the new one, its oldest so many blocks as silence.
+
+        The batch may grow by the null prompt's branch (the context is read again) or lose it."""
+        grows = len(prompt.global_) > len(self.prompt.global_)
+        self.prompt = prompt
+        if self.kv is not None:
+            self.kv = [(k[:len(prompt.global_)], v[:len(prompt.global_)]) for k, v in self.kv]
+        if forget is None and not (grows and self.use_cache):
+            return
+        c = self.model.config
+        blocks = self.finished[..., -c.context:]
+        silent = min(forget or 0, c.context_blocks) * c.block
+        self.finished = torch.cat([torch.zeros_like(blocks[..., :silent]), blocks[..., silent:]], dim=-1)
+        self.kv = None
+        self.let_wait()
+
+    def replace_last(self, block):
+        """What somebody else played, (B, C, block), takes the place of the newest finished block."""
+        self.finished = torch.cat([self.finished[..., :-block.shape[-1]], block], dim=-1)
+
+    def tensors(self):
+        """Between two blocks: all that changes from one to the next."""
+        return [self.start, self.finished, *(y for kv in self.kv or () for y in kv)]
+
+    def restore(self, tensors):
+        """The inverse of `tensors`."""
+        self.start, self.finished, *kv = tensors
+        self.kv = list(zip(kv[::2], kv[1::2])) or None
+        self.let_wait()
 
 
 def repeated(x, batch):
@@ -124,18 +162,23 @@ def repeated(x, batch):
 def denoise_block(predict, x, levels, sampler, objective, draw, cfg=1.0, given=None):
     """From noise x (B, C, T) to x0, evaluating predict(x, t) -> v at each of `levels`, falling from 1.
 
-    sampler: "euler" keeps the predicted noise, "pingpong" draws fresh noise with draw(), "dpmpp" is Euler
-    with x0 extrapolated from the two last predictions (DPM-Solver++ 2M, arXiv 2211.01095). Stopping early is
-    passing fewer levels. cfg: guidance; other than 1, predict gives v of the doubled batch (`with_null`).
-    given: `Given`, or None."""
+    sampler: "euler" keeps the predicted noise, "pingpong" draws fresh noise with draw(), "pingpong++" does so
+    with guidance (`next_guided`), "dpmpp" is Euler with x0 extrapolated from the two last predictions
+    (DPM-Solver++ 2M, arXiv 2211.01095). Stopping early is passing fewer levels. cfg: guidance; other than 1,
+    predict gives v of the doubled batch (`with_null`). given: `Given`, or None."""
     noise = x
     previous = None    # "dpmpp": the last x0, and the growth of log SNR since
     for i, t in enumerate(levels):
         if given is not None:
             x = given.hold(x, t, noise, objective)
-        x0, eps = denoise(x, guided(predict(x, t), cfg), t, objective)
+        v = predict(x, t)
+        x0, eps = denoise(x, guided(v, cfg), t, objective)
         if i + 1 == len(levels):
             return x0 if given is None else given.hold(x0, torch.zeros_like(t), noise, objective)
+        if sampler == "pingpong++":
+            unguided, _ = denoise(x, guided(v, 0), t, objective)
+            x = next_guided(x0, unguided, draw(), levels[i + 1], objective)
+            continue
         if sampler != "dpmpp":
             x = add_noise(x0, eps if sampler == "euler" else draw(), levels[i + 1], objective)
             continue
@@ -146,6 +189,15 @@ def denoise_block(predict, x, levels, sampler, objective, draw, cfg=1.0, given=N
         ahead = x0 if previous is None else x0 + h / (2 * previous[1]) * (x0 - previous[0])
         x = sigma_next / sigma * x - alpha_next * torch.expm1(-h) * ahead
         previous = x0, h
+
+
+def next_guided(x0, unguided, noise, t, objective):
+    """Guided ping-pong's x at the next level t: x0 + t (noise - unguided), for rectified flow.
+
+    The prompt is followed by x0, while the noise goes onto what the model would play without a prompt, so a
+    scale of 0 to 1 suffices for x0 (CFG++, arXiv 2406.08070)."""
+    alpha, sigma = alpha_sigma(t, objective)
+    return x0 + (alpha - 1) * unguided + sigma * noise
 
 
 def with_null(cond, cfg):
@@ -175,54 +227,149 @@ def sampling_settings(model, steps=None, sampler=None, cfg=None):
 
 @torch.no_grad()
 def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed=0, prime=None,
-           use_cache=True, change=None, beat=None, sketch=None):
+           use_cache=True, change=None, beat=None, sketch=None, forget=None, listen=None, state=None,
+           keep=None):
     """Yield latent blocks (B, C, block), for ever when `blocks` is None; the first n do not depend on
     `blocks`.
 
     steps, sampler and cfg default to what suits the checkpoint. seed: one, or one for each item, which then
     is the stream of that seed. prime: latents (B or 1, C, T) to go on from; of its whole blocks, counted from
-    its end, as many as still have any influence. change: a function, called before each block, that gives a
-    new `cond` of the same batch from there on, or None. Finished blocks stay as they are; block-causal, so do
-    their cached keys and values, made under the old condition (the newest block's only come with the next);
-    encoder-decoder, the context is read again under the new one. beat, sketch: functions of the number of a
-    block, 0 the first: beat gives tempo in bpm and the place in the bar where it begins, in [0, 1), or None;
-    sketch gives a `Given`, or None."""
+    its end, as many as still have any influence.
+
+    The others are functions of the number of a block, 0 the first, called before it is made. change gives a
+    `Turn`, a new `cond` of the same batch from there on, or None. After a bare cond, finished blocks stay as
+    they are; block-causal, so do their cached keys and values, made under the old condition (the newest
+    block's only come with the next); encoder-decoder, the context is read again under the new one. After a
+    Turn whose heaviest prompt is another, the context is read again, its oldest `forget` blocks (None: all
+    but one) as silence, and GUIDED_BLOCKS blocks are made by guided ping-pong. beat gives tempo in bpm and
+    the place in the bar where the block begins, in [0, 1), or None; sketch gives a `Given`, or None. listen
+    gives latents (B, C, block) that were heard during block `number`, and stand in the context in its place,
+    or None, which ends the stream.
+
+    keep: a function, called after each block with what to hand in as `state`, to go on from there."""
     settings = sampling_settings(model, steps, sampler, cfg)
-    sampler, cfg = settings["sampler"], settings["cfg"]
-    objective = model.config.objective
-    device = cond.tokens.device
-    levels = schedule(settings["steps"])[:-1].to(device)
-    draw = noise_source(model.config, seed, len(cond.tokens), device)
-    prompt = model.dit.encode_prompt(with_null(cond, cfg))
-    context = Context(model, prompt, still_heard(model.config, cond, prime), use_cache)
-    make = None
-    if speed and device.type == "cuda":
-        make = speed.graphed_block(context, denoise_block, levels, sampler, cfg)
-    for number in itertools.count() if blocks is None else range(blocks):
-        if change is not None and (new := change()) is not None:
-            context.prompt = model.dit.encode_prompt(with_null(new, cfg))
+    settings["forget"] = model.config.context_blocks - 1 if forget is None else forget
+    maker = BlockMaker(model, cond, settings, seed, prime, use_cache, state)
+    first = maker.number
+    for number in itertools.count(first) if blocks is None else range(first, first + blocks):
+        if listen is not None and number:
+            heard = listen(number - 1)
+            if heard is None:
+                return
+            maker.context.replace_last(heard)
+        maker.take_turn(None if change is None else change(number))
         if beat is not None:
-            context.beat = beat_of(beat(number), len(cond.tokens), device)
-        given = None if sketch is None else sketch(number)
-        if make:
-            x = make(draw, given)
-        else:
-            x = denoise_block(context.predict, draw(), levels, sampler, objective, draw, cfg, given)
-            context.append(x)
+            maker.context.beat = beat_of(beat(number), len(cond.tokens), cond.tokens.device)
+        x = maker.next_block(None if sketch is None else sketch(number))
+        if keep is not None:
+            keep(maker.state())
         yield x
 
 
-def noise_source(config, seed, batch, device):
-    """A function that draws the next noise (B, C, block). seed: one, or one for each item of the batch.
+class BlockMaker:
+    """Makes the blocks of a stream: under which prompt, in how many steps, by which sampler and guidance."""
 
-    Drawn on the CPU, so that the same seed gives the same noise everywhere."""
-    seeds = [seed] if isinstance(seed, int) else seed
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    shape = batch // len(seeds), config.channels, config.block
+    def __init__(self, model, cond, settings, seed, prime, use_cache, state=None):
+        """settings: steps, sampler, cfg, forget. The others as in `stream`."""
+        self.model = model
+        self.cond = cond
+        self.settings = settings
+        self.device = cond.tokens.device
+        self.number = 0                                     # of the next block
+        self.guided_until = -1                              # number of the first block after a guided stretch
+        if state is not None:
+            self.number = state["number"]
+            self.guided_until = state["guided_until"]
+            self.settings = dict(state["settings"])
+        self.draw = Noise(model.config, seed, len(cond.tokens), self.device)
+        prime = still_heard(model.config, cond, prime)
+        self.context = Context(model, self.encoded_prompt(), prime, use_cache)
+        if state is not None:
+            self.context.restore(on_device(state["context"], self.device))
+            self.draw.restore(state["noise"])
+        self.prepare()
 
-    def draw():
-        return torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-    return draw
+    def sampler_and_guidance(self):
+        """Of the next block: guided ping-pong for some blocks after a change of prompt."""
+        if self.number < self.guided_until:
+            return "pingpong++", GUIDANCE
+        return self.settings["sampler"], self.settings["cfg"]
+
+    def encoded_prompt(self):
+        _, cfg = self.sampler_and_guidance()
+        return self.model.dit.encode_prompt(with_null(self.cond, cfg))
+
+    def prepare(self):
+        """For new settings: the noise levels of a block and, on a GPU, a function that makes it as one CUDA
+        graph."""
+        self.levels = schedule(self.settings["steps"])[:-1].to(self.device)
+        self.graphed = None
+        if speed and self.device.type == "cuda":
+            self.graphed = speed.graphed_block(self.context, denoise_block, self.levels,
+                                               self.settings["sampler"], self.settings["cfg"])
+
+    def take_turn(self, turn):
+        """turn: `Turn`, a new Cond, or None, before the next block is made."""
+        if isinstance(turn, Cond):
+            turn = Turn(turn)
+        forget = None
+        if turn is not None:
+            self.cond = turn.cond or self.cond
+            self.settings.update(turn.settings)
+            if turn.turned:
+                forget = self.settings["forget"]
+                self.guided_until = self.number + GUIDED_BLOCKS
+        if turn is not None or self.number == self.guided_until:
+            self.context.take_prompt(self.encoded_prompt(), forget)
+        if turn is not None and turn.settings:
+            self.prepare()
+
+    def next_block(self, given=None):
+        """The next block (B, C, block), which is then part of the context."""
+        sampler, cfg = self.sampler_and_guidance()
+        if self.graphed is not None and sampler != "pingpong++":
+            x = self.graphed(self.draw, given)
+        else:
+            x = denoise_block(self.context.predict, self.draw(), self.levels, sampler,
+                              self.model.config.objective, self.draw, cfg, given)
+            self.context.append(x)
+        self.number += 1
+        return x
+
+    def state(self):
+        """Plain values and tensors of their own, from which the stream goes on."""
+        tensors = [torch.as_tensor(x).clone() for x in self.context.tensors()]
+        return dict(number=self.number, guided_until=self.guided_until, settings=dict(self.settings),
+                    context=tensors, noise=self.draw.state())
+
+
+def on_device(tensors, device):
+    """Of a saved context. On a CPU the first, its place in the stream, is a number."""
+    start, *rest = (x.to(device) for x in tensors)
+    return [start if device.type == "cuda" else int(start), *rest]
+
+
+class Noise:
+    """Draws the next noise (B, C, block) when called.
+
+    It is drawn on the CPU, so that the same seed gives the same noise everywhere."""
+    def __init__(self, config, seed, batch, device):
+        """seed: one, or one for each item of the batch."""
+        seeds = [seed] if isinstance(seed, int) else seed
+        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+        self.shape = batch // len(seeds), config.channels, config.block
+        self.device = device
+
+    def __call__(self):
+        drawn = [torch.randn(self.shape, generator=generator) for generator in self.generators]
+        return torch.cat(drawn).to(self.device)
+
+    def state(self):
+        return [generator.get_state() for generator in self.generators]
+
+    def restore(self, states):
+        for generator, state in zip(self.generators, states):
+            generator.set_state(state)
 
 
 def still_heard(config, cond, prime):
@@ -252,84 +399,14 @@ def clip(model, cond, frames, *, steps=None, sampler=None, cfg=None, seed=0):
     return denoise_block(predict, draw(), levels, settings["sampler"], model.config.objective, draw, cfg)
 
 
-# -------------------------------------------------------------------------------- prompts
-def known_words(model, prompt):
-    """The prompt without what its text encoder cannot use, which is named on standard error.
-
-    That is words the checkpoint never met, whose vectors are still random and make fewer, softer notes, and
-    words beyond the number that the encoder reads."""
-    if not model.conditioner.text_encoder.trains:           # T5 knows all words
-        return prompt
-    words = words_of(prompt)
-    known = model.sampling.get("words") or words
-    read = model.config.text_tokens
-    kept = [word for word in words if word in known]
-    unknown = [word for word in words if word not in known]
-    if unknown:
-        print(f"words that this model has not learned are left out: {', '.join(unknown)}", file=sys.stderr)
-    if kept[read:]:
-        print(f"words beyond the {read} that it reads are left out: {', '.join(kept[read:])}",
-              file=sys.stderr)
-    return prompt if kept[:read] == words else " ".join(kept[:read])
-
-
-def make_cond(model, prompt, prompt_file, numbers):
-    """The condition for one stream, and the prompt's text. Raises UserError.
-
-    prompt: None for the checkpoint's own, or the file's first; prompt_file: None, or where embeddings are."""
-    if prompt_file is None:
-        asked = model.sampling.get("prompt", "") if prompt is None else prompt
-        prompt = known_words(model, asked)
-        reads_words = model.conditioner.text_encoder.trains
-        if asked.strip() and (not prompt or reads_words and not words_of(prompt)):
-            words = ", ".join(list(model.sampling.get("words", []))[:20]) or "words and numbers"
-            raise UserError(f"no word of the prompt {asked!r} is known to this model; it knows {words}")
-        return model.conditioner([prompt], **numbers), prompt
-    from stable_audio_port import load_prompts
-    prompts, embeddings = load_prompts(prompt_file)
-    if prompt is not None and prompt not in prompts:
-        raise UserError(f"{prompt_file} holds no embedding of {prompt!r}; it holds: {'; '.join(prompts[:5])}")
-    if embeddings.shape[-1] != model.config.cond_width:
-        raise UserError(f"{prompt_file} holds embeddings {embeddings.shape[-1]} wide, this checkpoint takes "
-                        f"{model.config.cond_width}: they are another model's (--ckpt)")
-    row = 0 if prompt is None else prompts.index(prompt)
-    device = next(model.parameters()).device
-    return model.conditioner(embeddings[row:row + 1].float().to(device), **numbers), prompts[row]
-
-
-def last_lines(file):
-    """Yield the last line that came into an open file, a terminal or a pipe, since the turn before, or None.
-    Never waits."""
-    unfinished = b""
-    while True:
-        with contextlib.suppress(OSError):                  # a terminal that is gone
-            while select.select([file], [], [], 0)[0] and (more := os.read(file.fileno(), 2 ** 16)):
-                unfinished += more
-        *lines, unfinished = unfinished.split(b"\n")
-        lines = [line.decode(errors="replace").strip() for line in lines if line.strip()]
-        yield lines[-1] if lines else None
-
-
-def new_prompt(model, prompt_file, lines):
-    """--live: the condition that was typed since the last call, or None."""
-    line = next(lines)
-    if line is None:
-        return None
-    try:
-        cond, prompt = make_cond(model, line, prompt_file, model.config.stream_numbers)
-    except UserError as error:                              # the music goes on
-        print(error, file=sys.stderr)
-        return None
-    print(f"next: {prompt!r}", file=sys.stderr)
-    return cond
-
-
 # -------------------------------------------------------------------------------- command line
 def parse(argv=None):
     p = argparse.ArgumentParser(description="Stream music, block by block, as a WAV on standard output.",
                                 allow_abbrev=False)
     p.add_argument("--ckpt", help="checkpoint (default: out/arc.pt, else out/finetune.pt, else nano.pt)")
-    p.add_argument("--prompt", help="what to play (default: the checkpoint's own example)")
+    # what to play
+    p.add_argument("--prompt", help="what to play, such as 'slow piano' or 'house:0.7 + ambient:0.3' "
+                   "(default: the checkpoint's own example)")
     p.add_argument("--prompt-file", help="embeddings written by stable_audio_port.py --prompts; "
                    "the first, or the one --prompt names")
     p.add_argument("--seconds", type=positive,
@@ -338,10 +415,35 @@ def parse(argv=None):
     p.add_argument("--prime", help="audio file to go on from")
     p.add_argument("--bpm", type=tempo,
                    help="beats a minute to keep to, four to a bar (for models that can be told)")
+    p.add_argument("--at", nargs=2, action="append", default=[], metavar=("TIME", "LINE"),
+                   help="a prompt or /command at this time of the stream, 20 or 1:05; may be repeated")
+    p.add_argument("--schedule", help="a file of lines '@TIME prompt or /command'")
     p.add_argument("--live", action="store_true",
-                   help="each line typed while a player plays is the prompt from the next block on "
-                   "(not on Windows)")
+                   help="each line typed while a player plays, a prompt or a /command, holds from the next "
+                   "block on (not on Windows)")
+    p.add_argument("--forget", type=whole_or_zero, help="blocks of the past to drop when the prompt changes "
+                   "(default: all of the context but one)")
+    p.add_argument("--no-transitions", action="store_true", help="when the prompt changes, neither read the "
+                   "past again nor drop any, and sample as ever")
+    p.add_argument("--chords", help="such as 'Am F C G', a bar each, with --bpm (for models with channels of "
+                   "pitch)")
+    p.add_argument("--sketch", help="audio file, or - for a WAV on standard input, whose pitch and loudness "
+                   "are played (for models with such channels)")
+    p.add_argument("--sketch-what", choices=GIVES, default="both")
+    p.add_argument("--sketch-until", type=fraction, default=0.0,
+                   help="noise level down to which it is given: 0 strictly, towards 1 more freely")
+    p.add_argument("--listen", help="audio file, or - for a WAV on standard input, which the model answers")
+    p.add_argument("--delay", type=positive_finite,
+                   help="seconds by which the answer follows what it answers " "(default: a block)")
+    p.add_argument("--mix", type=not_negative, default=0.0,
+                   
+                   help="how loud what is heard is mixed in, 1 as it is")
+    # where to, and how far ahead
     p.add_argument("--out", help=".wav or .flac instead of standard output")
+    p.add_argument("--realtime", nargs="?", type=positive_finite, const=1.0, metavar="LEAD",
+                   help="hand audio out at most so many seconds before it is heard (default: 1)")
+    p.add_argument("--save-state", help="file to write at the end, or at Ctrl-C, from which ...")
+    p.add_argument("--resume-state", help="... a stream goes on to the sample, --seconds more")
     # sampling
     p.add_argument("--seed", type=random_seed, default=0)
     p.add_argument("--steps", type=step_count, help="denoising steps per block (default: the checkpoint's)")
@@ -376,14 +478,16 @@ def default_seconds(model, live):
 def check(model, args):
     """UserError for what the arguments ask of a checkpoint, or of this machine, that cannot do it."""
     base = model.stage == "base"
-    for option in "compile", "prime", "no_cache":
+    for option in ("compile", "prime", "no_cache", "schedule", "at", "chords", "sketch", "listen", "realtime",
+                   "save_state", "resume_state"):
         if getattr(args, option) and base:
             raise UserError(f"--{option.replace('_', '-')} is for models that stream; this one makes a clip")
     if model.stage == "autoencoder":
         raise UserError("this checkpoint holds only an autoencoder yet: finetune.py --init trains the rest")
-    if args.live and (base or args.no_cache and model.config.causal):
-        raise UserError("--live needs a model that streams, and block-causal its cache, which remembers what "
-                        "was made under which prompt")
+    for option in "live", "at", "schedule":
+        if getattr(args, option) and (base or args.no_cache and model.config.causal):
+            raise UserError(f"--{option} needs a model that streams, and block-causal its cache, which "
+                            "remembers what was made under which prompt")
     if args.live and (os.name == "nt" or sys.stdin is None):
         raise UserError("--live reads standard input without waiting, but it is closed, or this is Windows, "
                         "where that cannot be done")
@@ -394,50 +498,89 @@ def check(model, args):
         raise UserError("--bpm: this checkpoint cannot be told a beat; put the tempo in its prompt")
     if args.compile:
         needs_speed("--compile")
+    readers = [name for name, reads in (("--live", args.live), ("--sketch -", args.sketch == "-"),
+                                        ("--listen -", args.listen == "-")) if reads]
+    if len(readers) > 1:
+        raise UserError(f"{' and '.join(readers)} cannot both read standard input")
+    if args.listen and (args.prime or args.save_state or args.resume_state):
+        raise UserError("--listen goes with neither --prime nor --save-state and --resume-state")
+    if args.prime and args.resume_state:
+        raise UserError("--resume-state goes on from what was played: no --prime beside it")
+    if (args.delay or args.mix) and not args.listen:
+        raise UserError("--delay and --mix belong to --listen")
 
 
 def clip_pieces(model, args):
     """What a base model plays, one piece of audio (1, 2, n), and a line about it."""
     settings = sampling_settings(model, args.steps, args.sampler, args.cfg)
     numbers = {name: 0 if name == "seconds_start" else args.seconds for name, _, _ in model.config.numbers}
-    cond, prompt = make_cond(model, args.prompt, args.prompt_file, numbers)
+    encode, names = prompt_encoder(model, args.prompt_file, numbers)
+    prompt = args.prompt
+    if prompt is None:
+        prompt = names[0] if names else model.sampling.get("prompt", "")
+    cond = encode(prompt)
+    if not names:
+        prompt = known_words(model, prompt)
 
     def pieces():                                           # made when asked for, once the output is open
         yield model.autoencoder.decode(clip(model, cond, model.config.clip, seed=args.seed, **settings))
     return pieces(), f"{prompt!r}: one clip, {in_words(settings)}"
 
 
-def stream_pieces(model, args, samples, together):
-    """The audio pieces (1, 2, n) of a stream, at least `samples` of them, and a line about the plan.
+def stream_pieces(model, args, samples, together, control, saved, stopping):
+    """The audio pieces (1, 2, n) of a stream, at least `samples` of them, a line about the plan, and Sound.
 
     samples: None for no end; together: make blocks while others are decoded."""
     c = model.config
     settings = sampling_settings(model, args.steps, args.sampler, args.cfg)
-    cond, prompt = make_cond(model, args.prompt, args.prompt_file, c.stream_numbers)
-    plan = (f"{prompt!r}: blocks of {c.block / c.frame_rate:.2f} s seeing {c.context / c.frame_rate:.2f} s, "
-            f"{in_words(settings)}")
+    plan = (f"{control.playing()!r}: blocks of {c.block / c.frame_rate:.2f} s seeing "
+            f"{c.context / c.frame_rate:.2f} s, {in_words(settings)}")
     prime = None
     if args.prime is not None:
         prime = encode_file(model, args.prime, c.reach_blocks * c.block)[None].to(args.device)
         if prime.shape[-1] < c.block:
             raise UserError(f"{args.prime} is shorter than one block ({c.block / c.frame_rate:.2f} s)")
+    sound = Sound(model, args.compile, saved)
     # whole blocks, and the decoder's reach beyond the end: so a shorter stream is exactly the start of a
     # longer one
-    blocks = None if samples is None else math.ceil((samples / c.hop + decoder_margin(c)) / c.block)
-    lines = last_lines(sys.stdin) if args.live else None
+    blocks = None
+    if samples is not None:
+        end = samples + (saved["position"] if saved else 0)
+        blocks = math.ceil((end / c.hop + decoder_margin(c)) / c.block) - sound.number
+    typing = Typing(sys.stdin, lambda line: take_line(control, line)) if args.live else None
+    listening = None
+    if args.listen:
+        listening = Listening(model, audio_from(args.listen, c, stopping), args.delay, args.mix)
 
-    def typed():
-        return new_prompt(model, args.prompt_file, lines)
-    latents = stream(model, cond, blocks=blocks, prime=prime, use_cache=not args.no_cache,
-                     change=typed if args.live else None, beat=args.bpm and steady_beat(c, args.bpm),
-                     seed=args.seed, **settings)
+    def change(number):
+        if typing is not None:
+            typing.poll()
+        turn = control.change(number)
+        return turn._replace(turned=False) if turn is not None and args.no_transitions else turn
+
+    def keep(state):
+        sound.keep(state, control.state())
+    sketches = c.channels > c.latent_channels
+    latents = stream(model, control.cond, blocks=blocks, prime=prime, use_cache=not args.no_cache,
+                     change=change, beat=control.beat if c.beats else None,
+                     sketch=control.sketch if sketches else None, forget=args.forget,
+                     listen=listening and listening.block, seed=args.seed, state=saved and saved["stream"],
+                     keep=keep if args.save_state else None, **settings)
     if together:
         latents = speed.prefetch(latents)
-    if prime is None:
-        return decode_stream(model.autoencoder, latents, args.compile), plan
-    heard = prime[..., -decoder_margin(c):]    # decode over the join, then drop what is the recording's
-    pieces = decode_stream(model.autoencoder, itertools.chain([heard], latents), args.compile)
-    return without_first(pieces, heard.shape[-1] * c.hop), plan
+    if prime is not None:                                   # decoded over the join, to be dropped afterwards
+        heard = prime[..., -decoder_margin(c):]
+        sound.number -= 1
+        pieces = without_first(sound.pieces(itertools.chain([heard], latents)), heard.shape[-1] * c.hop)
+    else:
+        pieces = sound.pieces(latents)
+    if saved:
+        pieces = after(saved["rest"].to(args.device), pieces)
+    if listening:
+        pieces = listening.answers(pieces)
+    if typing is not None:
+        typing.watch()
+    return pieces, plan, sound
 
 
 def in_words(settings):
@@ -452,6 +595,12 @@ def held_back(pieces, n):
     yield from pieces
 
 
+def after(first, pieces):
+    """One piece, then the others."""
+    yield first
+    yield from pieces
+
+
 def without_first(pieces, samples):
     """The same audio without its first so many samples."""
     for piece in pieces:
@@ -460,17 +609,26 @@ def without_first(pieces, samples):
 
 
 def set_up(args):
-    """The model of the arguments, ready to play, and whether blocks are made while others are decoded."""
+    """The model of the arguments, ready to play, its precision, and whether blocks are made while others are
+    decoded."""
     device = device_of(args.device)
     path = default_checkpoint() if args.ckpt is None else args.ckpt
+    inputs = {"--ckpt": path, "--prime": args.prime, "--prompt-file": args.prompt_file,
+              "--sketch": args.sketch, "--listen": args.listen, "--schedule": args.schedule,
+              "--resume-state": args.resume_state}
     if args.out:
-        keep_inputs(args.out, {"--ckpt": path, "--prime": args.prime, "--prompt-file": args.prompt_file})
+        keep_inputs(args.out, inputs)
+    if args.save_state:                                     # over the file that it went on from, if so wished
+        writable(args.save_state)
+        keep_inputs(args.save_state, {**inputs, "--resume-state": None, "--out": args.out})
     threads = args.threads or torch.get_num_threads()
     model = load(path).to(device)
     args.seconds = args.seconds or default_seconds(model, args.live)
     check(model, args)
     parameters = sum(p.numel() for p in model.dit.parameters())
-    together = bool(speed) and speed.side_by_side(model, threads)
+    # a block made ahead would be heard later: not where every change should be heard soon
+    ahead = not args.realtime and not args.listen
+    together = bool(speed) and ahead and speed.side_by_side(model, threads)
     if device.type == "cpu":
         torch.set_num_threads((threads + 1) // 2 if together else threads)
     precision = playing_precision(model, args.precision)
@@ -480,7 +638,7 @@ def set_up(args):
         longer = "20 to 30 s" if device.type == "cpu" else "about a minute"
         say(f"compiling: the first audio takes {longer} longer")
         speed.compile_layers(model)
-    return model, together
+    return model, precision, together
 
 
 def say(text):
@@ -494,17 +652,22 @@ def main():
     torch.set_flush_denormal(True)
     if speed:
         speed.keep_memory()
-    model, together = set_up(args)
+    model, precision, together = set_up(args)
     c = model.config
     length = args.seconds * c.sample_rate
     samples = None if math.isinf(length) else round(length)
+    stopping = Stopping()
+    saved = load_state(args.resume_state, model, precision) if args.resume_state else None
+    pace = Pace(c.sample_rate, args.realtime, saved["position"] if saved else 0)
+    control = sound = None
     if model.stage == "base":
         pieces, plan = clip_pieces(model, args)
     else:
-        pieces, plan = stream_pieces(model, args, samples, together)
+        control = control_of(model, args, pace, stopping, saved)
+        pieces, plan, sound = stream_pieces(model, args, samples, together, control, saved, stopping)
     if not args.live:                                       # no prompt will follow
         forget_t5()
-    say(plan + "; type a prompt and press Enter" * args.live)
+    say(plan + "; type a prompt, or a /command, and press Enter" * args.live)
     target = args.out or "standard output"
     writer = open_output(args.out, c.sample_rate, c.audio_channels, samples)
     bar = tqdm(total=samples and samples / c.sample_rate, unit="s", unit_scale=True, file=sys.stderr,
@@ -517,21 +680,19 @@ def main():
     # --- the loop; on Ctrl-C too, what was made is kept
     written = clipped = first_samples = 0
     first_seconds = 0.0                                     # from the start until the first audio is out
+    rest = None
+    out = handed_out(pieces, pace, control, stopping, samples, c.block * c.hop)
     try:
         with contextlib.closing(writer), contextlib.closing(pieces), contextlib.closing(bar):
-            for audio in pieces:
-                audio = audio if samples is None else audio[..., :samples - written]
-                if not audio.shape[-1]:
-                    continue
-                writer.write(pcm(audio))
-                if not written:
-                    first_seconds = time.time() - started
-                    first_samples = audio.shape[-1]
-                clipped += (~(audio.abs() <= 1)).sum().item()           # what is no number too
-                written += audio.shape[-1]
-                bar.update(audio.shape[-1] / c.sample_rate)
-                if written == samples:
-                    break
+            with contextlib.closing(out), first_signal_sets(stopping):
+                for audio, rest in out:
+                    writer.write(pcm(audio))
+                    if not written:
+                        first_seconds = time.time() - started
+                        first_samples = audio.shape[-1]
+                    clipped += (~(audio.abs() <= 1)).sum().item()       # what is no number too
+                    written += audio.shape[-1]
+                    bar.update(audio.shape[-1] / c.sample_rate)
     except BrokenPipeError:
         raise
     except (OSError, soundfile.LibsndfileError) as error:
@@ -539,12 +700,18 @@ def main():
             discard_output()
         raise UserError(f"cannot go on writing {target} after {written / c.sample_rate:.1f} s: "
                         f"{reason_of(error, args.out)}") from None
+    if args.save_state and rest is not None:
+        save_state(args.save_state, model, precision, sound.state(), rest, pace.position)
     seconds = written / c.sample_rate
     took = time.time() - started
     then = (written - first_samples) / c.sample_rate / max(1e-9, took - first_seconds)
     say(f"{seconds:.1f} s of music in {took:.1f} s, {seconds / took:.1f}x real time; first audio after "
         f"{first_seconds:.1f} s, then {then:.1f}x; "
         f"{100 * clipped / max(1, written * c.audio_channels):.3f} % of samples clipped -> {target}")
+    for line in pace.summary():
+        say(line)
+    if stopping.signal is not None:
+        raise KeyboardInterrupt(stopping.signal)
 
 
 if __name__ == "__main__":

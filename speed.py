@@ -263,14 +263,14 @@ def graphed_block(context, denoise_block, levels, sampler, cfg):
     make also appends that block. It first draws all its noise with draw() -> (B, C, block), on the model's
     device; after that, nothing waits for the GPU. denoise_block: sample.py's, not to be imported here."""
     objective = context.model.config.objective
-    context.start = torch.tensor(context.start, device=context.finished.device)
+    context.start = torch.as_tensor(context.start, device=context.finished.device)
 
     n = 1 + 2 * len(context.prompt.cross)                   # tensors of a prompt
 
     def next_block(state, noise, *told):
         # it works on `context`, but everything there that changes between two blocks is an argument;
         # told: a beat or none, the three tensors of a `Given` or none, and those of the prompt
-        restore(context, state)
+        context.restore(state)
         *beat_and_given, global_ = told[:1 - n]
         context.prompt = EncodedPrompt(global_, list(zip(told[1 - n::2], told[2 - n::2])))
         given = Given(*beat_and_given[-3:]) if len(beat_and_given) >= 3 else None
@@ -278,7 +278,7 @@ def graphed_block(context, denoise_block, levels, sampler, cfg):
         x, *fresh = noise
         x = denoise_block(context.predict, x, levels, sampler, objective, iter(fresh).__next__, cfg, given)
         context.append(x)
-        return x, state_of(context)
+        return x, context.tensors()
     graphed = Graphed(next_block)
     draws = len(levels) if sampler == "pingpong" else 1
 
@@ -287,21 +287,10 @@ def graphed_block(context, denoise_block, levels, sampler, cfg):
         told = [] if context.beat is None else [context.beat]
         told += given or ()
         told += [context.prompt.global_, *(y for kv in context.prompt.cross for y in kv)]
-        x, state = graphed(state_of(context), noise, *told)
-        restore(context, state)
+        x, state = graphed(context.tensors(), noise, *told)
+        context.restore(state)
         return x
     return make
-
-
-def state_of(context):
-    """Between two blocks: the tensors of a `sample.Context` that change from one to the next."""
-    return [context.start, context.finished, *(y for kv in context.kv or () for y in kv)]
-
-
-def restore(context, state):                                # the inverse of `state_of`
-    context.start, context.finished, *kv = state
-    context.kv = list(zip(kv[::2], kv[1::2])) or None
-    context.waiting = True
 
 
 def compile_layers(model):

@@ -8,6 +8,8 @@ A sceptic reads the first section: the claims that everything else rests on. The
     audio.py
     data.py: files, prompts, latents, crops
     sample.py
+    live.py
+    stage.py
     finetune.py
     arc_forcing.py
     stable_audio_port.py
@@ -49,6 +51,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.nn.functional as F
 import torchaudio
 
 import arc_forcing
@@ -60,12 +63,14 @@ import controls
 import data
 import figures
 import finetune
+import live
 import measure
 import nano
 import recordings
 import sample
 import speed
 import stable_audio_port as port
+import stage
 import training
 
 from common import UserError
@@ -1067,7 +1072,7 @@ def test_a_block_and_a_piece_are_functions_of_tensors(causal, monkeypatch):
 
     noise = torch.randn(3, 2, 8, 6)
     other = model.dit.encode_prompt(condition(model, "fast", "loud drums"))
-    state = speed.state_of(context)
+    state = context.tensors()
     next_block, piece = functions
     assert not torch.equal(next_block(state, noise, *tensors_of(prompt))[0],
                            next_block(state, noise, *tensors_of(other))[0])
@@ -1099,7 +1104,7 @@ def test_graphs_play_what_the_network_plays(causal, cfg, monkeypatch):
         other = condition(model, "fast drums", "slow")
         prompts = iter([None] * 6 + [other] + [None] * 5)
         blocks = list(sample.stream(model, condition(model), blocks=12, steps=3, sampler="pingpong", cfg=cfg,
-                                    change=lambda: next(prompts)))
+                                    change=lambda number: next(prompts)))
         audio = list(audio_io.decode_stream(model.autoencoder, blocks))
         return torch.cat(blocks, dim=-1).cpu(), torch.cat(audio, dim=-1).cpu()
     on_cpu = play("cpu")
@@ -2110,7 +2115,7 @@ def test_cache_does_not_grow():
         context.predict(torch.randn(2, 8, 6), torch.tensor(0.5))
         context.append(torch.randn(2, 8, 6))
         sizes.append((context.kv[0][0].shape[2], context.finished.shape[-1] // 6))
-    assert sizes[3:] == [(18, 1)] * 5
+    assert sizes[3:] == [(18, 3)] * 5
 
 
 @pytest.mark.parametrize("causal,depth", [(False, 2), (True, 1)])
@@ -2123,7 +2128,7 @@ def test_prompt_changes_from_a_block_on(causal, depth, cfg):
     old, new = condition(model, "slow piano"), condition(model, "fast")
     def changing():
         turns = iter([None, None, None, new, *[None] * 9])
-        return dict(blocks=7, seed=3, cfg=cfg, change=lambda: next(turns))
+        return dict(blocks=7, seed=3, cfg=cfg, change=lambda number: next(turns))
     made, kept = latents_of(model, old, **changing()), latents_of(model, old, 7, seed=3, cfg=cfg)
     uncached = latents_of(model, old, use_cache=False, **changing())
     at = 3 * TINY.block
@@ -2131,19 +2136,23 @@ def test_prompt_changes_from_a_block_on(causal, depth, cfg):
     assert (made - uncached).abs().max() < 1e-4
 
 
-def test_last_lines_of_a_terminal():
+def test_lines_of_a_terminal():
     """A terminal gives a line at a time and a pipe anything: all there is is read, and half a line waits for
     its end."""
     for ours, theirs in (pty.openpty()[::-1], os.pipe()):
         with open(ours) as file:
-            lines = sample.last_lines(file)
-            for typed, want in (("one\ntwo\n", "two"), ("", None), ("fast arpeg", None),
-                                ("gios\n \n", "fast arpeggios"), ("caf\u00e9\n", "caf\u00e9")):
+            lines = []
+            typing = stage.Typing(file, lines.append)
+            for typed, want in (("one\ntwo\n", ["one", "two"]), ("", []), ("fast arpeg", []),
+                                ("gios\n \n", ["fast arpeggios"]), ("caf\u00e9\n", ["caf\u00e9"])):
                 os.write(theirs, typed.encode())
-                assert (next(lines) if not os.isatty(ours) or typed[-1:] == "\n" or not typed
-                        else want) == want
+                typing.poll()
+                assert lines == want or os.isatty(ours) and typed and typed[-1:] != "\n"
+                lines.clear()
             os.close(theirs)
-            assert next(lines) is None and next(lines) is None  # the end of the file, a terminal that is gone
+            typing.poll()
+            typing.poll()                                   # the end of the file, a terminal that is gone
+            assert lines == [] and not typing.open
 
 
 def test_live_prompts(tiny_file, tmp_path, monkeypatch, call):
@@ -2161,7 +2170,7 @@ def test_live_prompts(tiny_file, tmp_path, monkeypatch, call):
     err, live = play("loud\nfast piano\n\n")
     model = sample.load(tiny_file)
     turns = iter([condition(model, "fast piano")])
-    latents = latents_of(model, condition(model, "slow piano"), 100, change=lambda: next(turns, None))
+    latents = latents_of(model, condition(model, "slow piano"), 100, change=lambda number: next(turns, None))
     whole = audio_io.pcm(model.autoencoder.decode(latents))[:17640]
     assert "next: 'fast piano'" in err and np.abs(live.astype(int) - whole).max() <= 1
     assert not np.array_equal(live, play("")[1])            # nothing typed: the checkpoint's own prompt
@@ -2504,6 +2513,517 @@ def test_one_recording_for_several_prompts():
     for wrong in (dict(sampler="ddim"), dict(steps=0)):
         with pytest.raises(UserError, match="at least 1 of euler"):
             latents_of(model, condition(model), 1, **wrong)
+
+
+# -------------------------------------------------------------------------------- live.py
+def controlled(model, prompt="slow piano", lines=(), **kw):
+    encode, names = live.prompt_encoder(model)
+    return live.Control(model, encode, prompt, lines, names, **kw)
+
+
+def played(model, control, blocks, said=(), **kw):
+    """Latents of a stream under a control. said: {number of a block: lines said before it is begun}."""
+    said = dict(said)
+
+    def change(number):
+        for line in said.get(number, ()):
+            control.say(line)
+        return control.change(number)
+    return latents_of(model, control.cond, blocks, change=change, **kw)
+
+
+@pytest.mark.parametrize("text, time, command", [
+    ("slow piano", None, ({"slow piano": 1.0}, 0.0)),
+    (" house:3 +  deep  ambient : 1 ", None, ({"house": 0.75, "deep ambient": 0.25}, 0.0)),
+    ("house + house:3 + ambient:0", None, ({"house": 1.0}, 0.0)),
+    ("a ~ 8", None, ({"a": 1.0}, 8.0)),
+    ('@1:05 "x: y + z @ ~ /":1 + c# minor ~ .5', 65.0, ({"x: y + z @ ~ /": 0.5, "c# minor": 0.5}, 0.5)),
+    ("@1:00:05.5 Genre: Rock", 3605.5, ({"Genre: Rock": 1.0}, 0.0)),
+    ("@0 6/8 waltz", 0.0, ({"6/8 waltz": 1.0}, 0.0)),
+    ("/bpm 92", None, ("bpm", 92.0)), ("/BPM off", None, ("bpm", None)), ("/cfg 4", None, ("cfg", 4.0)),
+    ("@90 /steps 8", 90.0, ("steps", 8)), ("/forget 0", None, ("forget", 0)), ("/stop", None, ("stop", None)),
+    ('/sketch "my take.wav" pitch 0.3', None, ("sketch", ("my take.wav", "pitch", 0.3))),
+    ("/sketch a.wav .3", None, ("sketch", ("a.wav", "both", 0.3))), ("/sketch off", None, ("sketch", None)),
+    ("/chords Am F#m7 Bb Gsus4", None, ("chords", ("Am", "F#m7", "Bb", "Gsus4"))),
+    ("/chords off", None, ("chords", None))])
+def test_grammar(text, time, command):
+    line = live.parse_line(text)
+    assert (line.time, tuple(line.command)) == (time, command)
+
+
+@pytest.mark.parametrize("text, column, expected", [
+    ("", 1, "a prompt or a /command"), ("@20", 4, "a prompt or a /command"), ("@x a", 2, "a time such as"),
+    ("@1:75 a", 2, "a time such as"), ("@5 @6 a", 4, "not a second time"), ("a:x", 3, "a weight such as"),
+    ("ab :-1", 5, "a weight from 0"), ("a:0 + b:0", 9, "a weight above 0"), ("a + ", 4, "a prompt"),
+    ("+ a", 1, "a prompt"), ('a "b', 3, "no partner"), ("a ~", 4, "a number of seconds"),
+    ("a ~ x", 5, "a number of seconds"), ("a ~ nan", 5, "a number of seconds"), ("a:1e9", 3, "a weight from"),
+    ("a\x1b[0m", 2, "a letter"), ("/bpm", 5, "a tempo"), ("/bpm 900", 6, "a tempo"),
+    ("/bpm 92 3", 9, "nothing more"), ("/", 1, "/bpm, /cfg"), ("  /foo 3", 3, "/bpm, /cfg"),
+    ("/steps 2.5", 8, "whole number"), ("/chords Am H", 12, "a chord such as"), ("/sketch", 8, "an audio file"),
+    ("/sketch a b", 11, "pitch, level or both"), ("/sketch off 3", 13, "nothing more"), ("/stop 3", 7, "nothing")])
+def test_grammar_names_the_column(text, column, expected):
+    with pytest.raises(UserError, match=rf"^column {column}: .*{re.escape(expected)}"):
+        live.parse_line(text)
+
+
+def test_schedule_files(tmp_path):
+    file = tmp_path / "set.txt"
+    file.write_text("# a set\n\n@2 c# minor  # a comment\n/cfg 3\n")
+    lines = live.read_schedule(file)
+    assert [(line.time, line.text) for line in lines] == [(2.0, "c# minor"), (None, "/cfg 3")]
+    file.write_text("a\n@2 b:x\n")
+    with pytest.raises(UserError, match="set.txt, line 2, column 6: a weight"):
+        live.read_schedule(file)
+    file.write_bytes(b"\xff\xfe\x00")
+    for path in file, tmp_path / "none.txt":
+        with pytest.raises(UserError, match="cannot read the schedule"):
+            live.read_schedule(path)
+
+
+def test_a_schedule_is_what_is_typed_at_its_times(tmp_path):
+    """The same lines from a file, as texts, and said between blocks: the same samples."""
+    model = tiny()
+    lines = ["@0.01 fast:0.7 + loud:0.3", "@0.02 loud ~ 0.012", "@0.021 /steps 2", "@0.04 /cfg 2", "@0.05 slow"]
+    (tmp_path / "set.txt").write_text("\n".join(lines))
+    seconds = TINY.block / TINY.frame_rate
+    said = {}
+    for line in lines:
+        moment, text = line[1:].split(" ", 1)
+        said.setdefault(math.ceil(float(moment) / seconds), []).append(text)
+    by_text = played(model, controlled(model, lines=lines), 15)
+    by_file = played(model, controlled(model, lines=live.read_schedule(tmp_path / "set.txt")), 15)
+    by_hand = played(model, controlled(model), 15, said)
+    assert torch.equal(by_text, by_file) and torch.equal(by_text, by_hand)
+    plain = latents_of(model, condition(model, "slow piano"), 15)
+    assert torch.equal(by_text[..., :18], plain[..., :18]) and not torch.equal(by_text, plain)
+    assert torch.equal(played(model, controlled(model), 15), plain)     # a control that is told nothing
+
+
+def test_mixes_and_morphs_by_hand():
+    """Weights are divided by their sum, embeddings mixed token by token; a morph is linear, and each block
+    takes the mix of its middle."""
+    model = tiny()
+    a, b, c = (condition(model, prompt) for prompt in ("slow", "fast", "loud"))
+    control = controlled(model, "slow:3 + fast:1")
+    close(control.cond.tokens, 0.75 * a.tokens + 0.25 * b.tokens)
+    close(control.cond.global_, a.global_)
+    seconds = control.block_seconds
+    control = controlled(model, "slow", [f"@{2 * seconds} fast ~ {4 * seconds}", f"@{4 * seconds} loud"])
+    turns = [control.change(number) for number in range(7)]
+    assert [turn is None for turn in turns] == [True, True, False, False, False, True, True]
+    for turn, share in zip(turns[2:4], (1 / 8, 3 / 8)):
+        close(turn.cond.tokens, (1 - share) * a.tokens + share * b.tokens)
+    close(turns[4].cond.tokens, c.tokens)
+    assert [turn.turned for turn in turns[2:5]] == [False, False, True]
+    control = controlled(model, "slow", [f"fast ~ {4 * seconds}"])
+    assert [turn.turned for turn in map(control.change, range(4))] == [False, False, True, False]
+    assert control.change(4).cond is control.conds["fast"]
+
+
+def test_what_is_said():
+    """Replies, errors that change nothing, lines for later, words that are left out, memory that stays
+    flat."""
+    model = tiny()
+    model.sampling = dict(model.sampling, words=["slow", "fast", "piano"])
+    control = controlled(model, "slow piano")
+    assert control.change(0) is None and control.change(1) is None
+    assert control.say("fast dreamy piano").startswith("next: 'fast piano' (words that this model has not")
+    assert control.say("@1:00 slow:3 + fast:1 ~ 2") == "at 1:00: 'slow:0.75 + fast:0.25 ~ 2'"
+    assert control.say("@0 /cfg 3") == "next: /cfg 3 (0:00 is over)"
+    plan = control.plan
+    assert [text for _, text in plan] == ["fast dreamy piano", "/cfg 3", "slow:3 + fast:1 ~ 2"]
+    for line, reason in (("dreamy", "no word of"), ("fast:x", "column 6"), ("/bpm 92", "cannot be told a beat"),
+                         ("/chords Am", "no channels of pitch"), ("/sketch x.wav", "no channels of pitch and lev")):
+        with pytest.raises(UserError, match=reason):
+            control.say(line)
+    assert control.plan == plan
+    turn = control.change(2)
+    assert turn.turned and turn.settings == {"cfg": 3.0} and control.status()["mix"] == {"fast dreamy piano": 1.0}
+    for number in range(3, 300):
+        control.say(f"{'fast ' * (1 + number % 5)}piano{'!' * number}")
+        control.change(number)
+    assert len(control.conds) <= 2
+    with pytest.raises(UserError, match="a prompt was expected first"):
+        controlled(model, "/bpm 92")
+
+
+def test_lines_from_many_threads():
+    """The stream goes on, and every line takes effect once."""
+    model = tiny()
+    control = controlled(model)
+    errors = []
+
+    def talk(n):
+        for i in range(20):
+            control.say(f"@{0.5 + n} /steps {n + 1}" if i % 2 else f"piano {'x' * n}")
+            try:
+                control.say("oh :no")
+            except UserError as error:
+                errors.append(error)
+    threads = [threading.Thread(target=talk, args=(n,)) for n in range(5)]
+    for thread in threads:
+        thread.start()
+    made = played(model, control, 10)
+    for thread in threads:
+        thread.join()
+    assert made.isfinite().all() and len(errors) == 100
+    control.change(10)
+    assert [text for _, text in control.plan] == [f"/steps {n + 1}" for n in range(5) for _ in range(10)]
+
+
+def test_beats_and_chords_over_time():
+    """A change of tempo keeps the place in the bar; chords last a bar and come again; what is given is what
+    the chord sounds like."""
+    model = sketching()
+    seconds = model.config.block / model.config.frame_rate
+    bpm = 60 * 4 / (3 * seconds)                            # three blocks a bar, too fast for the grammar
+    control = controlled(model)
+    assert control.beat(0) is None
+    control.apply(live.Setting("bpm", bpm), 2, None)
+    assert [round(control.beat(n)[1], 3) for n in range(2, 6)] == [0, 0.333, 0.667, 0]
+    control.apply(live.Setting("bpm", bpm / 2), 4, None)
+    assert [round(control.beat(n)[1], 3) for n in range(4, 7)] == [0.667, 0.833, 0]
+    assert controlled(model, lines=["/bpm 92"]).beat(0) is None         # not before it is begun
+    control = controlled(model, lines=["/bpm 92", "/chords Am C"])
+    control.change(0)
+    assert control.beat(3) == pytest.approx(controls.steady_beat(model.config, 92)(3))
+    control.apply(live.Setting("bpm", bpm), 0, None)
+    given = [control.sketch(number) for number in range(7)]
+    a_minor, c_major = (controls.sketch_channels(model, controls.chord_features(name, model.config)[:, None])[:3]
+                        for name in ("Am", "C"))
+    for number, wanted in enumerate([a_minor] * 3 + [c_major] * 3 + [a_minor]):
+        close(given[number].values[0, 8:11], wanted.expand(3, 6), 1e-4)
+    assert given[0].mask[:, 0].nonzero()[:, 0].tolist() == [8, 9, 10]
+    with pytest.raises(UserError, match="a tempo first"):
+        controlled(model, lines=["/chords Am"])
+
+
+def test_chords_sound_as_written():
+    assert controls.chord_notes("Am") == [9, 0, 4] and controls.chord_notes("F#m7") == [6, 9, 1, 4]
+    assert controls.chord_notes("B♭") == [10, 2, 5] and controls.chord_notes("Cb") == [11, 3, 6]
+    assert controls.chord_notes("H") is None and controls.chord_notes("Am F") is None
+    for name in ("C", "Am", "F#m7", "Bb"):
+        pitch = controls.chord_features(name, PRESETS["nano"])[:60]
+        loudest = {int(row + controls.LOWEST) % 12 for row in pitch.topk(4).indices}
+        assert loudest <= {*controls.chord_notes(name)}, name
+
+
+# -------------------------------------------------------------------------------- stage.py
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_transitions_cached_equal_uncached(causal, cfg):
+    """The past is read again under the new prompt, parts of it dropped, some blocks guided: with and without
+    a cache the same, and twice the same."""
+    model = tiny(causal=causal)
+    lines = ["@0.02 fast", "@0.06 /forget 0", "@0.065 loud"]
+    made = [played(model, controlled(model, lines=lines), 18, use_cache=use, cfg=cfg) for use in (True, False)]
+    assert (made[0] - made[1]).abs().max() < 1e-4
+    assert torch.equal(made[0], played(model, controlled(model, lines=lines), 18, cfg=cfg))
+    assert (made[0] - played(model, controlled(model), 18, cfg=cfg))[..., 30:].abs().max() > 1e-2
+
+
+def test_a_transition_by_hand():
+    """The block after a change, from the public pass alone: two blocks of silence and the last one as its
+    context, all under the new prompt, by guided ping-pong written out."""
+    model = tiny()
+    control = controlled(model, lines=["@0.02 fast"])       # block 5
+    made = played(model, control, 6, steps=3)
+    noise = noises(0, (1, 8, 6))
+    for _ in range(5):                                      # Euler draws once a block
+        noise()
+    context = torch.cat([torch.zeros(1, 8, 12), made[..., 24:30]], dim=-1)
+    cond = condition(model, "fast")
+    x = noise()
+    levels = schedule(3)
+    for t, t_next in zip(levels, levels[1:]):
+        told, untold = (x - t * model.dit(x, t[None], c, context) for c in (cond, cond.null()))
+        x0 = untold + 0.7 * (told - untold)
+        x = x0 + t_next * (noise() - untold) if t_next else x0
+    assert (x - made[..., 30:]).abs().max() < 1e-4
+
+
+def test_after_a_transition_all_is_as_before():
+    """Guidance doubles the batch only while it lasts, and the cache is as large as ever."""
+    model = tiny()
+    batches = []
+    plain = model.dit.blocks
+    model.dit.blocks = lambda prompt, *args, **kw: batches.append(len(prompt.global_)) or plain(prompt, *args, **kw)
+    states = []
+    control = controlled(model, lines=["@0.02 fast"])
+    played(model, control, 10, steps=1, keep=states.append)
+    assert batches[-10:] == [1] * 5 + [2] * 2 + [1] * 3
+    assert [state["context"][2].shape for state in states] == [(n, 2, 18, 32) for n in [1] * 5 + [2] * 2 + [1] * 3]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_states_go_on(causal):
+    """A stream that goes on from any of its states is the unbroken one, in the midst of a transition and of a
+    morph too."""
+    model = tiny(causal=causal)
+    lines = ["@0.02 fast", "@0.03 loud ~ 0.03", "@0.035 /cfg 2"]
+    control = controlled(model, lines=lines)
+    states = []
+    whole = played(model, control, 16, sampler="pingpong", seed=[4],
+                   keep=lambda state: states.append((state, control.state())))
+    for number in (1, 5, 6, 7, 9, 13):
+        state, control_state = states[number - 1]
+        again = controlled(model, lines=lines[:1])
+        again.restore(control_state)
+        made = played(model, again, 16 - number, state=state, seed=[4], sampler="pingpong")
+        assert (made - whole[..., 6 * number:]).abs().max() < 1e-5, number
+
+
+@pytest.mark.parametrize("decoder", [audio_io.StreamingDecoder, speed.StreamingDecoder])
+def test_decoders_go_on(decoder):
+    model = tiny()
+    latents = torch.randn(1, 8, 60)
+    whole = decoder(model.autoencoder)
+    first = whole(latents[..., :30])
+    state = audio_io.decoder_state(whole)
+    last = whole(latents[..., 30:], last=True)
+    again = decoder(model.autoencoder)
+    audio_io.restore_decoder(again, state)
+    assert torch.equal(again(latents[..., 30:], last=True), last)
+    close(torch.cat([first, last], dim=-1), model.autoencoder.decode(latents), 1e-4)
+
+
+def samples_in(path):
+    return soundfile.read(path, dtype="int16")[0].astype(int)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_saved_and_resumed_is_unbroken(threads, tiny_file, tmp_path, call):
+    """... to the sample, with a prompt that changes just before, and another that is still to come."""
+    play = ("--ckpt", tiny_file, "--precision", "float32", "--threads", threads, "--at", 0.09, "fast", "--at",
+            "0.17", "loud ~ 0.02")
+    for args in (("--seconds", 0.3, "--out", "whole.wav"),
+                 ("--seconds", 0.1, "--out", "a.wav", "--save-state", "a.pt"),
+                 ("--seconds", 0.1, "--out", "b.wav", "--resume-state", "a.pt", "--save-state", "a.pt"),
+                 ("--seconds", 0.1, "--out", "c.wav", "--resume-state", "a.pt")):
+        status, err = call(sample.main, *play, *args)
+        assert status == 0, err
+    parts = np.concatenate([samples_in(tmp_path / f"{name}.wav") for name in "abc"])
+    whole = samples_in(tmp_path / "whole.wav")
+    assert len(parts) == len(whole) and np.abs(parts - whole).max() <= 1
+    common.save(tiny(seed=1), tmp_path / "other.pt")
+    for args, reason in ((("--ckpt", "other.pt", "--precision", "float32"), "of another checkpoint"),
+                         (("--ckpt", tiny_file, "--precision", "bf16"), "of a stream in float32"),
+                         (("--ckpt", tiny_file, "--prime", "a.wav"), "no --prime")):
+        status, err = call(sample.main, *args, "--resume-state", "a.pt", "--out", "d.wav")
+        assert status == 2 and reason in err and not (tmp_path / "d.wav").exists(), err
+    status, err = call(sample.main, "--ckpt", tiny_file, "--resume-state", tiny_file, "--out", "d.wav")
+    assert status == 2 and "was not written by --save-state" in err
+
+
+def test_ctrl_c_fades_out(tiny_file, tmp_path, call, monkeypatch):
+    """The first one: the block in hand goes down to silence, the state is saved, and what goes on from there
+    is the unbroken stream."""
+    real, written = audio_io.WavWriter.write, []
+
+    def write(self, samples):
+        real(self, samples)
+        written.append(len(samples))
+        if len(written) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(stage, "SHORTEST_FADE", 0.001)
+    play = "--ckpt", tiny_file, "--precision", "float32", "--threads", 1
+    with monkeypatch.context() as patch:
+        patch.setattr(audio_io.WavWriter, "write", write)
+        status, err = call(sample.main, *play, "--seconds", 0.3, "--out", "a.wav", "--save-state", "a.pt")
+    assert status == 130 and len(written) == 5, err
+    assert call(sample.main, *play, "--seconds", 0.1, "--out", "b.wav", "--resume-state", "a.pt")[0] == 0
+    assert call(sample.main, *play, "--seconds", 0.3, "--out", "whole.wav")[0] == 0
+    faded, on, whole = (samples_in(tmp_path / f"{name}.wav") for name in ("a", "b", "whole"))
+    at, end = sum(written[:4]), sum(written)
+    assert len(faded) == end and np.abs(faded[:at] - whole[:at]).max() <= 1
+    ramp = whole[at:end] * np.linspace(1, 0, end - at, endpoint=False)[:, None]
+    clear = np.abs(whole[at:end]) < 32767                   # elsewhere it fades before it is clipped
+    assert np.abs(faded[at:] - ramp)[clear].max() <= 2 and np.abs(whole[at:end]).max() > 100
+    assert np.abs(on - whole[end:end + len(on)]).max() <= 1
+
+
+def test_stop_fades_out_over_its_block(tiny_file, tmp_path, call):
+    play = "--ckpt", tiny_file, "--precision", "float32", "--threads", 1, "--seconds", 0.3
+    assert call(sample.main, *play, "--out", "a.wav", "--at", "0.1", "/stop")[0] == 0
+    assert call(sample.main, *play, "--out", "whole.wav")[0] == 0
+    faded, whole = samples_in(tmp_path / "a.wav"), samples_in(tmp_path / "whole.wav")
+    block = TINY.block * TINY.hop
+    begin = math.ceil(4410 / block) * block
+    assert len(faded) == begin + block and np.abs(faded[:begin] - whole[:begin]).max() <= 1
+    gain = np.linspace(1, 0, block, endpoint=False)[:, None]
+    last = whole[begin:begin + block]
+    assert np.abs(faded[begin:] - last * gain)[np.abs(last) < 32767].max() <= 2
+
+
+def test_pace_by_a_clock_that_is_told():
+    """Audio is handed out no more than the lead before it is heard. What is late moves the clock, so that
+    nothing is counted as late twice."""
+    clock = [100.0]
+    pace = stage.Pace(10, 2.0, now=lambda: clock[0],
+                      sleep=lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    said = [live.Said("fast", 5, 100.0, 0.0), live.Said("loud", 50, 100.0, 0.0)]
+    heard_at = []
+    for piece in range(4):
+        assert pace.arrived() is None
+        for _ in range(10):                                 # of a second, in tenths
+            pace.wait(1)
+            heard_at.append((pace.position / 10, clock[0] - 100))
+            lines = pace.hand_out(1, said, 5)
+            assert bool(lines) == (pace.position == 26)     # the first sample of block 5
+        clock[0] += 0.3                                     # the work on the next piece
+    assert all(position - now <= 1.9 + 1e-6 for position, now in heard_at)
+    assert heard_at[29] == pytest.approx((2.9, 1.0)) and [one.text for one in said] == ["loud"]
+    assert pace.latencies == [(pytest.approx(2.5), pytest.approx(2.5))]
+    assert pace.heard() == pytest.approx(clock[0] - 100)
+    clock[0] += 5
+    assert pace.heard() == 4.0                              # it cannot hear what is not there
+    late = clock[0] - 104
+    assert pace.arrived() == f"late: the audio at 4.0 s came {late:.2f} s after its time"
+    assert pace.arrived() is None and pace.late == [pytest.approx(late)]
+    assert "1 blocks late" in pace.summary()[0] and "median of 1: 2.50 s" in pace.summary()[1]
+    free = stage.Pace(10, now=lambda: clock[0], sleep=None)
+    free.wait(10)
+    assert free.arrived() is None and free.hand_out(10, [live.Said("fast", 1, clock[0] - 3, 0.2)], 5)
+    assert free.latencies == [(pytest.approx(0.3), pytest.approx(3.0))]
+
+
+def test_realtime_says_how_soon(tiny_file, tmp_path, call, monkeypatch):
+    """The same samples, in small pieces, and a line about lead, work and lateness."""
+    play = "--ckpt", tiny_file, "--precision", "float32", "--threads", 1, "--seconds", 0.2
+    assert call(sample.main, *play, "--out", "a.wav")[0] == 0
+    status, err = call(sample.main, *play, "--out", "b.wav", "--realtime", 0.5)
+    assert status == 0 and "of 0.5 s allowed" in err, err
+    assert np.array_equal(samples_in(tmp_path / "a.wav"), samples_in(tmp_path / "b.wav"))
+
+
+def echo(predict, x, *args):
+    """In place of `denoise_block`: the block finished last, once more. It fills the cache as that does."""
+    predict(x, torch.tensor(0.5))
+    return predict.__self__.finished[..., -x.shape[-1]:].clone()
+
+
+def test_the_answer_never_hears_the_future(monkeypatch):
+    """An impulse reaches what comes out only afterwards. A model that answers with what it heard last gives
+    back the input a block and the delay later, to the sample."""
+    model = tiny()
+    c = model.config
+    block = c.block * c.hop
+    torch.manual_seed(0)
+    quiet = 0.1 * torch.randn(2, 20 * block)
+    least = (audio_io.encoder_margin(c) + audio_io.decoder_margin(c)) * c.hop
+
+    def answer(heard, mix=0.0, delay=least / c.sample_rate):
+        listening = stage.Listening(model, heard.split(100, dim=1), delay, mix)
+        blocks = sample.stream(model, condition(model, "slow"), steps=1, listen=listening.block)
+        return torch.cat(list(listening.answers(audio_io.decode_stream(model.autoencoder, blocks))), dim=-1)[0]
+    plain = answer(quiet)
+    for at in (3 * block, 3 * block + 77, 5 * block - 1):
+        struck = quiet.clone()
+        struck[:, at] += 1
+        changed = (answer(struck) - plain).abs().amax(0) > 1e-6
+        first = changed.nonzero()[0].item()
+        assert at < first <= at + least + 2 * block, (at, first)
+    monkeypatch.setattr(sample, "denoise_block", echo)
+    given_back = answer(quiet)
+    latents = torch.cat(list(audio_io.encode_chunks(model, [quiet])), dim=1)
+    heard = model.autoencoder.decode(torch.cat([torch.zeros(8, c.block), latents], dim=1)[None])[0]
+    close(given_back[:, least:], heard, 1e-4)
+    assert not given_back[:, :least].any()
+    mixed = answer(quiet, mix=0.5)
+    assert (mixed[:, :20 * block] - given_back[:, :20 * block] - 0.5 * quiet).abs().max() < 1e-6
+    with pytest.raises(UserError, match="--delay: .* at least"):
+        stage.Listening(model, [], 0.9 * least / c.sample_rate)
+
+
+def test_listening_to_a_pipe_is_listening_to_the_file(tiny_file, tmp_path, call, monkeypatch):
+    soundfile.write(tmp_path / "x.wav", notes(0.3), 44100)
+    play = "--ckpt", tiny_file, "--seconds", 0.2, "--precision", "float32", "--threads", 1, "--mix", 1
+    assert call(sample.main, *play, "--listen", "x.wav", "--out", "a.wav")[0] == 0
+    with open(tmp_path / "x.wav") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status, err = call(sample.main, *play, "--listen", "-", "--out", "b.wav")
+    assert status == 0, err
+    assert np.abs(samples_in(tmp_path / "a.wav") - samples_in(tmp_path / "b.wav")).max() <= 1
+    (tmp_path / "none").write_bytes(b"not a WAV at all")
+    with open(tmp_path / "none") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status, err = call(sample.main, *play, "--listen", "-", "--out", "b.wav")
+    assert status == 2 and "standard input: no WAV" in err.splitlines()[-1], err
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_32", "FLOAT"])
+def test_wav_that_arrives_in_pieces(subtype, tmp_path):
+    soundfile.write(tmp_path / "x.wav", notes(0.1, channels=1), 44100, subtype)
+    content = (tmp_path / "x.wav").read_bytes()
+    at = content.index(b"data") + 4
+    if subtype == "PCM_16":                                 # as written into a pipe: of unknown length
+        content = content[:at] + b"\xff" * 4 + content[at + 4:]
+    read, write = os.pipe()
+
+    def feed():
+        for i in range(0, len(content), 777):
+            os.write(write, content[i:i + 777])
+        os.close(write)
+    thread = threading.Thread(target=feed)
+    thread.start()
+    with open(read) as file:
+        audio = torch.cat(list(stage.wav_pieces(file, TINY)), dim=1)
+    thread.join()
+    assert audio.shape == (2, 4410) and np.abs(audio.numpy().T - notes(0.1, channels=1)).max() < 1e-4
+    stopping = threading.Event()
+    stopping.set()
+    read, write = os.pipe()
+    with open(read) as file, pytest.raises(UserError, match="no WAV"):  # a pipe that stays silent
+        next(stage.wav_pieces(file, TINY, stopping))
+    os.close(write)
+
+
+def test_a_sketch_that_comes_in_pieces_is_the_whole():
+    """Block by block, each as soon as its last frame's window is there; the end is filled up with silence."""
+    model = sketching()
+    c = model.config
+    size = c.block * c.hop
+    audio = torch.randn(2, 10 * size + 700)
+    whole = controls.encode(model, F.pad(audio, (0, 2 * size))[None])[0, c.latent_channels:]
+    blocks = torch.cat(list(stage.open_sketch(model, audio.split(1000, dim=1))), dim=1)
+    assert blocks.shape == (5, 11 * c.block) and (blocks - whole[:, :11 * c.block]).abs().max() < 1e-4
+    read = []
+    sketch = stage.open_sketch(model, (read.append(1) or piece for piece in audio.split(256, dim=1)))
+    next(sketch)
+    assert len(read) <= c.block + 16 + 1                    # 16 frames of 256 samples: half a window
+    assert list(stage.open_sketch(model, [])) == []
+
+
+def test_a_sketch_is_played(tmp_path, call):
+    """From the block at which it begins, to its end, as strictly as asked; a model without channels says
+    so."""
+    model = sketching()
+    common.save(model, tmp_path / "sketch.pt")
+    c = model.config
+    size = c.block * c.hop
+    soundfile.write(tmp_path / "x.wav", notes(4 * size / 44100), 44100, "FLOAT")
+    audio = torch.from_numpy(notes(4 * size / 44100).T.copy())
+    control = controlled(model, lines=[f"@{2 * size / 44100} /sketch x.wav pitch"],
+                         open_sketch=lambda file: stage.open_sketch(model, [audio]))
+    made = played(model, control, 8, sketch=control.sketch)
+    wanted = controls.encode(model, audio[None])[0, 8:]
+    close(made[0, 8:11, 12:36], wanted[:3], 1e-4)
+    assert (made[0, 11:, 12:36] - wanted[3:]).abs().max() > 0.1 and control.sketched is None
+    play = "--ckpt", "sketch.pt", "--seconds", 0.1, "--threads", 1, "--out"
+    for name, args in (("a", ()), ("b", ("--sketch", "x.wav", "--sketch-what", "level", "--sketch-until", 0.5)),
+                       ("c", ("--bpm", 120, "--chords", "Am F"))):
+        status, err = call(sample.main, *play, f"{name}.wav", *args)
+        assert status == 0, err
+    sounds = [samples_in(tmp_path / f"{name}.wav") for name in "abc"]
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(sounds, 2))
+    common.save(tiny(), tmp_path / "plain.pt")
+    for args, reason in ((("--sketch", "x.wav"), "no channels of pitch and level: it cannot be given a sketch"),
+                         (("--sketch", "none.wav"), "no channels of pitch"),
+                         (("--chords", "Am H"), "--chords: column 12"), (("--at", "x", "a"), "--at: column 1"),
+                         (("--at", "5", "a:x"), "--at 5: column 3"), (("--live", "--listen", "-"), "cannot both"),
+                         (("--mix", "1"), "belong to --listen"), (("--schedule", "none"), "cannot read the sch")):
+        status, err = call(sample.main, "--ckpt", "plain.pt", "--out", "d.wav", *args)
+        assert status == 2 and reason in err.splitlines()[-1] and not (tmp_path / "d.wav").exists(), err
 
 
 # -------------------------------------------------------------------------------- finetune.py

@@ -1,0 +1,664 @@
+"""What is to be played, and when: prompts and settings over time, in one small grammar.
+
+The same lines are typed, stand in schedule files, and come from the command line, a web page, OSC or Python:
+
+    line     [@TIME] COMMAND        TIME: of the stream, 20, 20.5, 1:05 or 1:00:05; without it the next block
+    COMMAND  PROMPT                 slow piano
+             MIX                    house:0.7 + ambient:0.3      weights are divided by their sum
+             MIX ~ SECONDS          slow piano ~ 8               a morph over so many seconds
+             /bpm 92     /bpm off   the beat (models that can be told one)
+             /cfg 4                 guidance; 1 for none
+             /steps 8               denoising steps of a block
+             /forget 3              blocks of the past that are dropped when the heaviest prompt changes
+             /sketch FILE [pitch|level|both] [UNTIL]     /sketch off      what is played, given by a recording
+             /chords Am F C G       /chords off          a bar each, over and over
+             /stop                  one more block, which fades out
+
+Double quotes protect + : ~ @ / inside a prompt. A colon before a space is part of the prompt. In files, #
+after a space or at a line's start begins a comment. What a line changes is heard from the first block that
+begins at TIME or later, so the same lines at the same stream times give the same samples, however they came.
+
+`Control` takes such lines from any thread and tells `sample.stream` before each block what has changed. """
+import math
+import re
+import sys
+import threading
+import time
+import unicodedata
+from collections import deque
+from functools import partial
+from typing import NamedTuple
+
+from common import UserError
+from controls import BEATS_A_BAR, GIVES, chord_channels, chord_notes, given_of
+from model import Cond, words_of
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
+TIME = re.compile(r"(?:(?:(\d+):)?(\d+):)?(\d+\.?\d*|\.\d+)$")
+LARGEST = 10 ** 6                                           # of all numbers in a line
+CHORDS_UNTIL = 0.3                                          # written chords have no timbre: the model adds it
+
+
+# -------------------------------------------------------------------------------- the grammar
+class Mix(NamedTuple):
+    """Prompts and their weights, which add up to 1, and over how many seconds to get there."""
+    weights: dict
+    seconds: float
+
+
+class Setting(NamedTuple):
+    name: str
+    value: object
+
+
+class Line(NamedTuple):
+    """time: seconds of the stream, or None for as soon as possible; command: Mix or Setting; text: as
+    written."""
+    time: float
+    command: object
+    text: str
+
+
+def wrong(at, expected):
+    """The error for what stands at this index of a line."""
+    return UserError(f"column {at + 1}: {expected}")
+
+
+def number(text, at, what, least=0.0, most=LARGEST):
+    """The number that stands at index `at`. Raises UserError."""
+    lead = len(text) - len(text.lstrip())
+    text = text.strip()
+    if not NUMBER.match(text):
+        raise wrong(at + lead, f"{what} was expected, not {text!r}" if text else f"{what} was expected")
+    if not least <= float(text) <= most:
+        raise wrong(at + lead, f"{what} from {least:g} to {most:g} was expected, not {text}")
+    return float(text)
+
+
+def whole(text, at, what, least, most):
+    value = number(text, at, what, least, most)
+    if value != int(value):
+        raise wrong(at, f"{what} was expected, a whole number, not {text}")
+    return int(value)
+
+
+def seconds_of(text, at=0):
+    """20, 1:05 or 1:00:05 -> seconds. Raises UserError."""
+    found = TIME.match(text)
+    if not found or float(found[3]) >= 60 and ":" in text:
+        raise wrong(at, f"a time such as 20 or 1:05 was expected after @, not {text!r}")
+    hours, minutes = (int(n or 0) for n in found.groups()[:2])
+    seconds = 3600 * hours + 60 * minutes + float(found[3])
+    if seconds > LARGEST:
+        raise wrong(at, f"a time up to {LARGEST} s was expected, not {text!r}")
+    return seconds
+
+
+def parse_line(text):
+    """Text -> Line. Raises UserError that names the column, counted from 1, and what was expected there."""
+    for at, letter in enumerate(text):
+        if unicodedata.category(letter) == "Cc" and letter != "\t":
+            raise wrong(at, "a letter was expected, not a control character")
+    at = len(text) - len(text.lstrip())
+    moment = None
+    if text[at:at + 1] == "@":
+        word = re.compile(r"@(\S*)").match(text, at)
+        moment = seconds_of(word[1], at + 1)
+        at = word.end()
+        at += len(text[at:]) - len(text[at:].lstrip())
+    if at >= len(text.rstrip()):
+        raise wrong(at, "a prompt or a /command was expected")
+    if text[at] == "@":
+        raise wrong(at, "a prompt or a /command was expected, not a second time")
+    command = parse_setting(text, at) if text[at] == "/" else parse_mix(text, at)
+    return Line(moment, command, text[at:].strip())
+
+
+def without_quoted(text):
+    """The text with every quoted stretch replaced by as many zero characters. Raises UserError."""
+    hidden = re.sub(r'"[^"]*"', lambda quoted: "\0" * len(quoted[0]), text)
+    if '"' in hidden:
+        raise wrong(hidden.index('"'), "this quotation mark has no partner")
+    return hidden
+
+
+def parse_mix(text, at=0):
+    """Weighted prompts from index `at` on -> Mix. Raises UserError."""
+    hidden = without_quoted(text)
+    end = hidden.find("~", at)
+    seconds = 0.0
+    if end < 0:
+        end = len(text)
+    else:
+        seconds = number(text[end + 1:], end + 1, "a number of seconds")
+    weights = {}
+    while at <= end:
+        plus = hidden.find("+", at, end)
+        plus = end if plus < 0 else plus
+        prompt, weight = parse_part(text[:plus], hidden[:plus], at)
+        weights[prompt] = weights.get(prompt, 0.0) + weight
+        at = plus + 1
+    total = sum(weights.values())
+    if not total:
+        raise wrong(end - 1, "a weight above 0 was expected")
+    return Mix({prompt: weight / total for prompt, weight in weights.items() if weight}, seconds)
+
+
+def parse_part(text, hidden, at):
+    """PROMPT or PROMPT:WEIGHT from index `at` to the end -> both. hidden: `without_quoted` text."""
+    colon = hidden.rfind(":", at)
+    prompt = text[at:]
+    weight = 1.0
+    if colon >= 0:
+        after = text[colon + 1:]
+        if NUMBER.match(after.strip()):
+            weight = number(after, colon + 1, "a weight")
+            prompt = text[at:colon]
+        elif not after[:1].isspace() or not after.strip():
+            raise wrong(colon + 1, "a weight such as 0.7 was expected after the colon "
+                                   "(put quotes around a prompt with a colon)")
+    prompt = " ".join(prompt.replace('"', " ").split())
+    if not prompt:
+        raise wrong(min(at, len(text)), "a prompt was expected")
+    return prompt, weight
+
+
+def parse_setting(text, at=0):
+    """/NAME VALUE ... from index `at` on -> Setting. Raises UserError."""
+    without_quoted(text)
+    words = [(word[0].replace('"', ""), word.start())
+             for word in re.compile(r'(?:"[^"]*"|[^\s"])+').finditer(text, at)]
+    name = words[0][0][1:].lower()
+    values = words[1:]
+    end = len(text.rstrip())
+    value, value_at = values[0] if values else ("", end)
+    most = 1                                                # values
+    if name == "stop":
+        most = 0
+        setting = Setting(name, None)
+    elif name == "bpm":
+        off = value == "off"
+        setting = Setting(name, None if off else number(value, value_at, "a tempo, or off,", 20, 400))
+    elif name == "cfg":
+        setting = Setting(name, number(value, value_at, "guidance", -100, 100))
+    elif name == "steps":
+        setting = Setting(name, whole(value, value_at, "a number of steps", 1, 10000))
+    elif name == "forget":
+        setting = Setting(name, whole(value, value_at, "a number of blocks", 0, 10000))
+    elif name == "sketch":
+        most = 3
+        setting = Setting(name, sketch_values(values, end))
+    elif name == "chords":
+        most = len(values)
+        setting = Setting(name, chord_values(values, end))
+    else:
+        raise wrong(at, "/bpm, /cfg, /steps, /forget, /sketch, /chords or /stop was expected")
+    if len(values) > most:
+        raise wrong(values[most][1], f"nothing more was expected after /{name}")
+    return setting
+
+
+def sketch_values(values, end):
+    """Words after /sketch, each with its index -> (file, what is given, until), or None for off."""
+    if not values:
+        raise wrong(end, "an audio file, or off, was expected")
+    file, _ = values[0]
+    if file == "off":
+        if len(values) > 1:
+            raise wrong(values[1][1], "nothing more was expected after off")
+        return None
+    what = "both"
+    rest = values[1:]
+    if rest and rest[0][0] in GIVES:
+        what = rest[0][0]
+        rest = rest[1:]
+    until = 0.0
+    if rest:
+        until = number(*rest[0], "pitch, level or both, or a noise level", 0, 1)
+    if len(rest) > 1:
+        raise wrong(rest[1][1], "nothing more was expected after /sketch")
+    return file, what, until
+
+
+def chord_values(values, end):
+    """Words after /chords, each with its index -> their names, or None for off."""
+    if not values:
+        raise wrong(end, "chords such as Am F C G, or off, were expected")
+    if values[0][0] == "off":
+        if len(values) > 1:
+            raise wrong(values[1][1], "nothing more was expected after off")
+        return None
+    for name, at in values:
+        if chord_notes(name) is None:
+            raise wrong(at, f"a chord such as Am, F#m7 or Gsus4 was expected, not {name!r}")
+    return tuple(name for name, _ in values)
+
+
+def read_schedule(path):
+    """A file of lines -> list of Line. Raises UserError with the line's number and the column."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            rows = file.read().splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the schedule {path}: "
+                        f"{getattr(error, 'strerror', None) or 'not text in UTF-8'}") from None
+    lines = []
+    for row, text in enumerate(rows, start=1):
+        text = re.sub(r"(^|\s)#.*", "", text)
+        if not text.strip():
+            continue
+        try:
+            lines.append(parse_line(text))
+        except UserError as error:
+            raise UserError(f"{path}, line {row}, {error}") from None
+    return lines
+
+
+# -------------------------------------------------------------------------------- prompts to conditions
+def words_read(model, prompt):
+    """What the model's text encoder can use of a prompt, and a line about the rest, "" where there is none.
+
+    Words that the checkpoint never met, whose vectors are still random and make fewer, softer notes, are left
+    out, and so are words beyond the number that the encoder reads."""
+    if not model.conditioner.text_encoder.trains:           # T5 knows all words
+        return prompt, ""
+    words = words_of(prompt)
+    known = model.sampling.get("words") or words
+    most = model.config.text_tokens
+    kept = [word for word in words if word in known]
+    unknown = [word for word in words if word not in known]
+    notes = []
+    if unknown:
+        notes.append(f"words that this model has not learned are left out: {', '.join(unknown)}")
+    if kept[most:]:
+        notes.append(f"words beyond the {most} that it reads are left out: {', '.join(kept[most:])}")
+    return prompt if kept[:most] == words else " ".join(kept[:most]), "; ".join(notes)
+
+
+def known_words(model, prompt):
+    """The prompt without what its text encoder cannot use, which is named on standard error."""
+    kept, note = words_read(model, prompt)
+    if note:
+        print(note, file=sys.stderr)
+    return kept
+
+
+def prompt_encoder(model, prompt_file=None, numbers=None):
+    """A function from a prompt to its Cond, which raises UserError, and the prompts that it is limited to.
+
+    prompt_file: embeddings written by stable_audio_port.py --prompts; None: the model's own text encoder, and
+    () for all prompts. numbers: for the conditioner; None: those of a stream."""
+    numbers = model.config.stream_numbers if numbers is None else numbers
+    if prompt_file is None:
+        return partial(encoded_words, model, numbers), ()
+    from stable_audio_port import load_prompts
+    names, embeddings = load_prompts(prompt_file)
+    if embeddings.shape[-1] != model.config.cond_width:
+        raise UserError(f"{prompt_file} holds embeddings {embeddings.shape[-1]} wide, this checkpoint takes "
+                        f"{model.config.cond_width}: they are another model's (--ckpt)")
+    device = next(model.parameters()).device
+
+    def stored(prompt):
+        if prompt not in names:
+            raise UserError(f"{prompt_file} holds no embedding of {prompt!r}; "
+                            f"it holds: {'; '.join(names[:5])}")
+        row = names.index(prompt)
+        return model.conditioner(embeddings[row:row + 1].float().to(device), **numbers)
+    return stored, tuple(names)
+
+
+def encoded_words(model, numbers, prompt):
+    """The Cond of a prompt through the model's own text encoder. Raises UserError where it knows no word."""
+    kept, _ = words_read(model, prompt)
+    reads_words = model.conditioner.text_encoder.trains
+    if prompt.strip() and (not kept or reads_words and not words_of(kept)):
+        words = ", ".join(list(model.sampling.get("words", []))[:20]) or "words and numbers"
+        raise UserError(f"no word of the prompt {prompt!r} is known to this model; it knows {words}")
+    return model.conditioner([kept], **numbers)
+
+
+# -------------------------------------------------------------------------------- what is played in each block
+class Turn(NamedTuple):
+    """What changes with the block that is about to be made.
+
+    cond: a new one, or None; turned: has the heaviest prompt changed, so that the past is to be read again
+    under the new one?; settings: of steps, cfg and forget those that have changed."""
+    cond: Cond = None
+    turned: bool = False
+    settings: dict = {}
+
+
+class Said(NamedTuple):
+    """A line that was said while the stream ran, for measuring how soon it is heard.
+
+    block: the first that obeys; wall: when it was said, by time.perf_counter(); heard: the second of the
+    stream that the listener was at."""
+    text: str
+    block: int
+    wall: float
+    heard: float
+
+
+class Control:
+    """Prompts and settings over the time of one stream. Every method may be called from any thread.
+
+        control = Control(model, encode, "slow piano", ["@20 fast piano ~ 4"])
+        stream(model, control.cond, change=control.change, beat=control.beat, sketch=control.sketch)
+        control.say("house:0.7 + ambient:0.3")              # by a performer, while it plays
+
+    `say` is for performers, `status` and `plan` for displays. The stream calls `change`, `beat` and `sketch`
+    before each block, in its own thread and with rising numbers."""
+
+    def __init__(self, model, encode, prompt, schedule=(), names=(), clock=None, open_sketch=None):
+        """encode: prompt -> Cond; prompt: text of the grammar, what is played first; schedule: texts, or
+        Lines; names: prompts that are taken as they stand, whatever signs they hold; clock: a function that
+        gives the second of the stream that the listener is at; open_sketch: file -> iterator of a sketch's
+        channels, block by block (`audio.open_sketch`). Raises UserError."""
+        c = model.config
+        self.model = model
+        self.encode = encode
+        self.names = frozenset(names)
+        self.clock = clock
+        self.open_sketch = open_sketch
+        self.lock = threading.RLock()
+        self.block_seconds = c.block / c.frame_rate
+        self.number = 0                                     # of the next block to be begun
+        self.first = 0                                      # of the first block that was made
+        self.planned = []                                   # (block, Line, what it needs), in order
+        self.said = deque(maxlen=256)                       # Said, until whoever measures takes them
+        self.settings = {}                                  # cfg, steps, forget: as far as they were set
+        self.bpm = None
+        self.beat_from = (0, 0.0)                           # a block, and the bars before it began
+        self.chords = None
+        self.sketched = None                                # OpenSketch
+        self.end = None                                     # number of the block that fades out
+        line = self.read(prompt)
+        if not isinstance(line.command, Mix):
+            raise UserError(f"a prompt was expected first, not {prompt!r}")
+        self.conds = {}                                     # of the prompts that are played: prompt -> Cond
+        self.conds, remark = self.prepare(line)
+        self.remarks = [remark] if remark else []           # on the first prompt and the schedule
+        self.origin = self.target = line.command.weights    # the mix before a morph, and after it
+        self.morph = (0.0, 0.0)                             # where it begins, and how long it takes: seconds
+        self.heaviest = heaviest(self.target, None)
+        self.cond = self.mixed(self.target)                 # of the first block
+        self.told = dict(self.target)                       # the mix that the stream was told last
+        for line in schedule:
+            reply = self.add(self.read(line) if isinstance(line, str) else line)
+            if "left out" in reply:
+                self.remarks.append(reply)
+
+    # --- for performers and displays
+    def say(self, text):
+        """Take a line: a reply of one line. Raises UserError, and then nothing has changed.
+
+        Without @TIME, or with one that is over, it holds from the next block that is begun."""
+        return self.add(self.read(text), said=True)
+
+    @property
+    def time(self):
+        """The second of the stream at which the next block begins."""
+        return self.number * self.block_seconds
+
+    @property
+    def plan(self):
+        """What is still to come: [(second of the stream, text)]."""
+        with self.lock:
+            return [(block * self.block_seconds, line.text) for block, line, _ in self.planned]
+
+    def status(self):
+        """What is played now, as plain values for a display."""
+        with self.lock:
+            c = self.model.config
+            sketch = self.sketched and [self.sketched.file, self.sketched.what, self.sketched.until]
+            return dict(time=self.time, heard=self.clock() if self.clock else self.time,
+                        block_seconds=self.block_seconds, mix=self.mix_at(self.time), bpm=self.bpm,
+                        chords=list(self.chords or ()), sketch=sketch, plan=self.plan, **self.settings,
+                        words=list(self.model.sampling.get("words", ())), has_beat=c.beats,
+                        has_pitch=c.pitch_channels > 0, has_level=c.level_channels > 0,
+                        stopping=self.end is not None)
+
+    def playing(self):
+        """The mix that is being gone to, in words."""
+        with self.lock:
+            return self.mix_in_words(Mix(self.target, 0.0))
+
+    def stop(self):
+        """The next block that is begun is the last, and fades out."""
+        self.say("/stop")
+
+    # --- for the stream
+    def change(self, number):
+        """Turn, or None: what changes with block `number`, which is begun now."""
+        with self.lock:
+            self.number = number + 1
+            before = dict(self.settings)
+            while self.planned and self.planned[0][0] <= number:
+                _, line, needs = self.planned.pop(0)
+                self.apply(line.command, number, needs)
+            new = {name: value for name, value in self.settings.items() if before.get(name) != value}
+            mix = self.mix_at((number + 0.5) * self.block_seconds)
+            first = number == self.first
+            turned = heaviest(mix, self.heaviest) != self.heaviest
+            self.heaviest = heaviest(mix, self.heaviest)
+            if mix == self.told and not new:
+                return None
+            cond = None if mix == self.told else self.mixed(mix)
+            self.told = mix
+            return Turn(cond, turned and not first, new)
+
+    def bars(self, number):
+        """Bars before block `number`, or None where no tempo is set."""
+        if self.bpm is None:
+            return None
+        block, bars = self.beat_from
+        return bars + (number - block) * (self.block_seconds * self.bpm / 60 / BEATS_A_BAR)
+
+    def beat(self, number):
+        """Tempo in bpm and place in the bar, in [0, 1), at which block `number` begins; or None."""
+        with self.lock:
+            bars = self.bars(number)
+            return None if bars is None else (self.bpm, bars % 1)
+
+    def sketch(self, number):
+        """`controls.Given` of block `number`, or None."""
+        with self.lock:
+            chords, sketched = self.chords, self.sketched
+            bars = self.bars(number)
+        if chords is None and sketched is None:
+            return None
+        given = []
+        if chords is not None and bars is not None:
+            given.append((chord_channels(self.model, chords, self.bpm, bars), "pitch", CHORDS_UNTIL))
+        if sketched is not None:
+            try:
+                channels = next(sketched.blocks, None)      # waits, where the recording is still being made
+            except UserError as error:                      # the music goes on
+                print(error, file=sys.stderr)
+                channels = None
+            if channels is None:
+                with self.lock:
+                    self.sketched = None
+            else:
+                given.append((channels, sketched.what, sketched.until))
+        return given_of(self.model, given) if given else None
+
+    # --- inside
+    def read(self, text):
+        """Text -> Line; a prompt that stands in a --prompt-file, or an empty one, is taken as it is."""
+        if text.strip() in self.names or not text.strip():
+            return Line(None, Mix({text.strip(): 1.0}, 0.0), text.strip())
+        return parse_line(text)
+
+    def prepare(self, line):
+        """Get what a line needs, before it is due: its prompts' conditions, its open recording.
+
+        Returns (what `apply` needs, what to remark). Raises UserError where the model cannot do it."""
+        c = self.model.config
+        command = line.command
+        if isinstance(command, Mix):
+            conds = self.conds
+            conds = {prompt: conds[prompt] if prompt in conds else self.encode(prompt)
+                     for prompt in command.weights}
+            notes = [words_read(self.model, prompt)[1] for prompt in command.weights if not self.names]
+            return conds, "; ".join(note for note in notes if note)
+        if command.value is None:
+            return None, ""
+        if command.name == "bpm" and not c.beats and not c.pitch_channels:
+            raise UserError("this checkpoint cannot be told a beat; put the tempo in its prompt")
+        if command.name in ("sketch", "chords"):
+            return self.prepare_sketch(command), ""
+        return None, ""
+
+    def prepare_sketch(self, command):
+        c = self.model.config
+        what = "pitch" if command.name == "chords" else command.value[1]
+        missing = [name for name, count in (("pitch", c.pitch_channels), ("level", c.level_channels))
+                   if what in (name, "both") and not count]
+        if missing:
+            raise UserError(f"this checkpoint has no channels of {' and '.join(missing)}: it cannot be given "
+                            f"{'chords' if command.name == 'chords' else 'a sketch'}")
+        if command.name == "chords":
+            tempos = [line.command.value for _, line, _ in self.planned
+                      if line.command[0] == "bpm" and line.command.value]
+            if self.bpm is None and not tempos:
+                raise UserError("chords need a tempo first: /bpm 92")
+            return None
+        if self.open_sketch is None:
+            raise UserError("this stream was started without a way to read recordings")
+        return self.open_sketch(command.value[0])
+
+    def add(self, line, said=False):
+        """Plan a Line; returns the reply. Raises UserError where it cannot be played."""
+        needs, remark = self.prepare(line)
+        with self.lock:
+            moment = line.time or 0.0
+            block = max(self.number, math.ceil(moment / self.block_seconds - 1e-6))
+            late = line.time is not None and moment < self.time - 1e-6
+            place = sum(planned[0] <= block for planned in self.planned)
+            self.planned.insert(place, (block, line, needs))
+            if said:
+                heard = self.clock() if self.clock else self.time
+                self.said.append(Said(line.text, block, time.perf_counter(), heard))
+        when = f"at {clock_of(moment)}" if line.time is not None and not late else "next"
+        reply = f"{when}: {self.in_words(line)}"
+        if late:
+            reply += f" ({clock_of(moment)} is over)"
+        return f"{reply} ({remark})" if remark else reply
+
+    def in_words(self, line):
+        return line.text if isinstance(line.command, Setting) else repr(self.mix_in_words(line.command))
+
+    def mix_in_words(self, mix):
+        """A mix as it is played: without words that the model does not know."""
+        parts = []
+        for prompt, weight in mix.weights.items():
+            kept = prompt if self.names else words_read(self.model, prompt)[0]
+            parts.append(f"{kept}:{weight:.3g}" if len(mix.weights) > 1 else kept)
+        return " + ".join(parts) + (f" ~ {mix.seconds:g}" if mix.seconds else "")
+
+    def apply(self, command, number, needs):
+        """A command takes effect with block `number`."""
+        if isinstance(command, Mix):
+            now = number * self.block_seconds
+            self.origin = self.mix_at(now)
+            self.target = command.weights
+            self.morph = (now, command.seconds)
+            conds = {**self.conds, **needs}
+            self.conds = {prompt: conds[prompt] for prompt in {**self.origin, **self.target}}
+        elif command.name in ("cfg", "steps", "forget"):
+            self.settings[command.name] = command.value
+        elif command.name == "bpm":
+            self.beat_from = (number, self.bars(number) or 0.0)
+            self.bpm = command.value
+        elif command.name == "chords":
+            self.chords = command.value
+            if self.chords and self.sketched and self.sketched.what != "level":     # the pitch is taken
+                both = self.sketched.what == "both"
+                self.sketched = self.sketched._replace(what="level") if both else None
+        elif command.name == "sketch":
+            self.sketched = command.value and OpenSketch(*command.value, needs, number)
+            if self.sketched and self.sketched.what != "level":
+                self.chords = None
+        elif command.name == "stop":
+            self.end = number
+
+    def mix_at(self, moment):
+        """{prompt: weight} at a second of the stream."""
+        begins, takes = self.morph
+        if not takes or moment >= begins + takes:
+            return self.target
+        share = max(0.0, (moment - begins) / takes)
+        mix = {}
+        for weights, part in ((self.origin, 1 - share), (self.target, share)):
+            for prompt, weight in weights.items():
+                mix[prompt] = mix.get(prompt, 0.0) + part * weight
+        return {prompt: weight for prompt, weight in mix.items() if weight}
+
+    def mixed(self, mix):
+        """Cond of a mix: embeddings mixed token by token."""
+        conds = [(self.conds[prompt], weight) for prompt, weight in mix.items()]
+        if len(conds) == 1:
+            return conds[0][0]
+        return Cond(*(sum(weight * part for part, weight in zip(parts, mix.values()))
+                      for parts in zip(*(cond for cond, _ in conds))))
+
+    # --- to go on later
+    def state(self):
+        """Plain values from which `restore` goes on with block `self.number`."""
+        with self.lock:
+            sketch = self.sketched and [self.sketched.file, self.sketched.what, self.sketched.until,
+                                        self.sketched.begun]
+            return dict(number=self.number, planned=[(block, line.text) for block, line, _ in self.planned],
+                        settings=dict(self.settings), bpm=self.bpm, beat_from=list(self.beat_from),
+                        chords=list(self.chords or ()), sketch=sketch, origin=dict(self.origin),
+                        target=dict(self.target), morph=list(self.morph), heaviest=self.heaviest)
+
+    def restore(self, state):
+        """Go on from `state`. Lines planned here that were due before are over. Raises UserError."""
+        with self.lock:
+            self.number = state["number"]
+            self.settings = dict(state["settings"])
+            self.bpm = state["bpm"]
+            self.beat_from = tuple(state["beat_from"])
+            self.chords = tuple(state["chords"]) or None
+            self.origin = dict(state["origin"])
+            self.target = dict(state["target"])
+            self.morph = tuple(state["morph"])
+            self.heaviest = state["heaviest"]
+            again = {(block, line.text) for block, line, _ in self.planned}
+            self.planned = [planned for planned in self.planned if planned[0] >= self.number]
+            self.conds = {prompt: self.encode(prompt) for prompt in {**self.origin, **self.target}}
+            self.told = self.mix_at((self.number - 0.5) * self.block_seconds)
+            self.cond = self.mixed(self.told)
+            if state["sketch"] and self.open_sketch and state["sketch"][0] != "-":
+                file, what, until, begun = state["sketch"]
+                blocks = self.open_sketch(file)
+                for _ in range(self.number - begun):
+                    next(blocks, None)
+                self.sketched = OpenSketch(file, what, until, blocks, begun)
+            for block, text in state["planned"]:
+                if (block, text) not in again:
+                    self.add(self.read(text)._replace(time=block * self.block_seconds))
+
+
+class OpenSketch(NamedTuple):
+    """A recording that is being followed. blocks: an iterator of its channels (channels of the sketch,
+    block), begun: number of the block at which it began."""
+    file: str
+    what: str
+    until: float
+    blocks: object
+    begun: int
+
+
+def heaviest(mix, now):
+    """The prompt of the largest weight; of several, the one that is it now."""
+    most = max(mix.values())
+    return now if mix.get(now, 0.0) >= most - 1e-9 else next(p for p, weight in mix.items() if weight == most)
+
+
+def clock_of(seconds):
+    """65 -> 1:05."""
+    whole_seconds = f"{seconds % 60:06.3f}".rstrip("0").rstrip(".")
+    return f"{int(seconds // 60)}:{whole_seconds}"
