@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import library
 from common import (UserError, check_streams, finite, load, not_negative, positive_finite, random_seed,
                     read_checkpoint, regime_of, run, save, speed, step_count, thread_count,
                     training_precision, uninterrupted, whole, whole_or_zero)
@@ -395,7 +396,7 @@ def pick_up(streams, items, prime, prompts, starts, restart):
     new = dict(zip(items, zip(prime.cpu(), prompts, starts)))
     states = [new[item] if restart[item] else streams.get(item, new[item]) for item in items]
     contexts, prompts, starts = zip(*states)
-    starts = [(beats and data.Beats(*beats), frame) for beats, frame in starts]
+    starts = [(beats and library.Beats(*beats), frame) for beats, frame in starts]
     return torch.stack(contexts).to(prime.device), list(prompts), starts
 
 

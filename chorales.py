@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 
 from common import UserError
-from data import split
+from library import split
 from model import PRESETS
 
 INSTRUMENTS = {"marimba": 12}                               # General MIDI programs

@@ -41,8 +41,8 @@ import controls
 from chorales import make_data
 from common import (UserError, finite, load, not_negative, positive_finite, random_seed, read_checkpoint,
                     run, save, save_whole, speed, step_count, thread_count, whole, writable)
-from data import audio_files, split
 from figures import log_spectral_distance
+from library import audio_files, split
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta
 from recordings import read_audio
 from sample import SAMPLERS

@@ -6,7 +6,7 @@ A sceptic reads the first section: the claims that everything else rests on. The
     common.py: checkpoints
     speed.py
     audio.py
-    data.py: files, prompts, latents, crops
+    library.py, data.py: files, prompts, latents, crops
     sample.py
     live.py
     stage.py
@@ -63,6 +63,7 @@ import controls
 import data
 import figures
 import finetune
+import library
 import live
 import measure
 import nano
@@ -1315,7 +1316,7 @@ def test_formats(tmp_path, kind):
     rate = 48000 if kind == "opus" else 44100
     options = dict(format="OGG", subtype="OPUS") if kind == "opus" else {}
     soundfile.write(tmp_path / f"a.{kind}", notes(1.5, rate), rate, **options)
-    assert data.audio_files(tmp_path) == [tmp_path / f"a.{kind}"]
+    assert library.audio_files(tmp_path) == [tmp_path / f"a.{kind}"]
     audio = torch.cat(list(recordings.read_audio(tmp_path / f"a.{kind}", SMALL_AE)), dim=1)
     assert audio.dtype == torch.float32 and audio.shape[0] == 2
     assert abs(audio.shape[1] - 1.5 * 44100) < 0.1 * 44100
@@ -1496,7 +1497,7 @@ def test_what_libsndfile_cannot_read_goes_through_ffmpeg(tmp_path):
     for name, *options in (["a.m4a"], ["a.webm"], ["a.aac"], ["a.wma"], ["alac.m4a", "-c:a", "alac"],
                            ["a.wv"]):
         ffmpeg("-i", "pipe:0", *options, tmp_path / name, data=wav)
-        assert data.audio_files(tmp_path) == [tmp_path / name]
+        assert library.audio_files(tmp_path) == [tmp_path / name]
         audio = heard(tmp_path / name)
         assert audio.shape[0] == 2 and abs(audio.shape[1] - 88200) < 4000
         assert (audio.square().mean() / torch.from_numpy(notes(2)).square().mean() - 1).abs() < 0.1
@@ -1582,7 +1583,7 @@ def test_a_level_far_above_full_scale_is_named(tmp_path, capsys):
         heard(tmp_path / "a.wav")
 
 
-# -------------------------------------------------------------------------------- data.py: files, prompts, latents, crops
+# -------------------------------------------------------------------------------- library.py, data.py: files, prompts, latents, crops
 def test_latents_on_disk(encoder, tmp_path):
     save_wav(tmp_path / "music/album/a.wav", 1.2)
     save_wav(tmp_path / "music/b.wav", 0.6, rate=22050, channels=1, seed=1)
@@ -1738,15 +1739,15 @@ def test_own_outputs_are_no_music(tmp_path, monkeypatch):
     save_wav(tmp_path / "a.wav")
     save_wav(tmp_path / "out/samples/b.wav")
     (tmp_path / "loop").symlink_to(tmp_path)
-    assert data.audio_files(".") == [data.Path("a.wav")]
-    assert len(data.audio_files("out")) == 1
+    assert library.audio_files(".") == [data.Path("a.wav")]
+    assert len(library.audio_files("out")) == 1
 
 
 def test_prompts_in_order_of_preference(tmp_path):
     folder = tmp_path / "My_Jazz"
     file = folder / "disc_one" / "03 - night_drive.flac"
     save_wav(file)
-    prompt = lambda: data.prompt_of(file, folder, data.read_metadata(folder))
+    prompt = lambda: library.prompt_of(file, folder, library.read_metadata(folder))
     assert prompt() == "night drive, disc one"
     with soundfile.SoundFile(file, "w", 44100, 2) as f:
         f.title, f.genre = "01 Night Ride", "(8)Jazz"
@@ -1763,14 +1764,14 @@ def test_prompts_in_order_of_preference(tmp_path):
     assert prompt() == "piano, slow"
     (folder / "disc_one/metadata.jsonl").write_text('{"file_name": "03 - night_drive.flac", "text": "nearer file"}\n\n')
     assert prompt() == "nearer file"
-    assert data.prompt_of(save_wav(folder / "07.wav"), folder, {}) == "07, My Jazz"
+    assert library.prompt_of(save_wav(folder / "07.wav"), folder, {}) == "07, My Jazz"
     for kind, bad in [("jsonl", "{"), ("jsonl", '{"text": "x"}'), ("jsonl", '["a"]'),
                       ("csv", "file_name,caption\na.wav,soft\n"), ("csv", "file_name, text\na.wav,soft\n"),
                       ("csv", "file_name,text\na.wav,soft, slow\n"),
                       ("csv", "name,text\na.wav,soft, slow\n")]:
         (folder / f"metadata.{kind}").write_text(bad)
         with pytest.raises(UserError, match=f"metadata.{kind}"):
-            data.read_metadata(folder)
+            library.read_metadata(folder)
         (folder / f"metadata.{kind}").unlink()
 
 
@@ -1780,19 +1781,19 @@ def test_clean_names():
              "2nd movement": "2nd movement", "a__b": "a b", "10 Song": "Song", "3 - Song": "Song",
              "90_bpm_house": "90 bpm house", "90-BPM": "90-BPM", "8-bit": "8-bit", "2-Step": "2-Step",
              "1.5 Hours": "1.5 Hours"}
-    assert {name: data.clean(name) for name in names} == names
+    assert {name: library.clean(name) for name in names} == names
 
 
 def test_split():
     names = [f"{i:03d}.flac" for i in range(240)]
-    train, validation = data.split(names)
+    train, validation = library.split(names)
     assert len(validation) == 15 and sorted(train + validation) == names and train == sorted(train)
-    assert data.split(names[::-1]) == (train, validation)
+    assert library.split(names[::-1]) == (train, validation)
     assert validation[:3] == ["001.flac", "025.flac", "054.flac"]
-    assert len(data.split(names[:3])[1]) == 1
-    assert data.split(["train/a.wav", "validation/b.wav", "c.wav"]) == (["c.wav", "train/a.wav"],
+    assert len(library.split(names[:3])[1]) == 1
+    assert library.split(["train/a.wav", "validation/b.wav", "c.wav"]) == (["c.wav", "train/a.wav"],
                                                                         ["validation/b.wav"])
-    assert len(data.split(["validation/a.wav", "validation/b.wav"])[0]) == 1        # nothing else to train on
+    assert len(library.split(["validation/a.wav", "validation/b.wav"])[0]) == 1        # nothing else to train on
 
 
 def fake_tracks(tmp_path, lengths, channels=3):
@@ -1900,13 +1901,13 @@ def test_a_folder_that_cannot_be_listed_is_named(encoder, tmp_path, capsys, monk
     assert len(dataset.tracks) == found == 1 and "folder secret cannot be listed (Permission denied)" in told
     closed = {"music"}
     with pytest.raises(UserError, match="music: cannot be listed"):
-        data.audio_files(tmp_path / "music")
+        library.audio_files(tmp_path / "music")
 
 
 def test_held_out_folders_and_lengths(encoder, tmp_path, capsys):
     for name in "validation", "valid", "Val", "dev", "TEST", "eval":
-        assert data.split(["a.wav", f"x/{name}/b.wav", "c.wav"]) == (["a.wav", "c.wav"], [f"x/{name}/b.wav"])
-    assert "eval.wav" in data.split(["eval.wav", "test/b.wav"])[0]     # a file's name says nothing
+        assert library.split(["a.wav", f"x/{name}/b.wav", "c.wav"]) == (["a.wav", "c.wav"], [f"x/{name}/b.wav"])
+    assert "eval.wav" in library.split(["eval.wav", "test/b.wav"])[0]     # a file's name says nothing
     folder = tmp_path / "music"
     for name in "train/a.wav", "dev/b.wav", "test/c.wav":
         save_wav(folder / name, 0.6)
@@ -1920,7 +1921,7 @@ def test_held_out_folders_and_lengths(encoder, tmp_path, capsys):
             assert long in [t.name for t in train]
             assert validation and len(train) + len(validation) == len(names)
     same = [data.Track(f"{i:03d}.flac", "", None, 0, 100) for i in range(240)]
-    assert [t.name for t in data.divide(same, 4)[1]] == data.split([t.name for t in same])[1]
+    assert [t.name for t in data.divide(same, 4)[1]] == library.split([t.name for t in same])[1]
 
 
 TEXT = "slow café chorale"
@@ -1932,14 +1933,14 @@ def test_captions_in_any_encoding(tmp_path, encoding):
     save_wav(tmp_path / "a.wav")
     notes_ = []
     (tmp_path / "a.txt").write_bytes(f"{TEXT}\r\n".encode(encoding))
-    assert data.find_prompt(tmp_path / "a.wav", tmp_path, {}, notes_) == (TEXT, "captions")
+    assert library.find_prompt(tmp_path / "a.wav", tmp_path, {}, notes_) == (TEXT, "captions")
     (tmp_path / "metadata.csv").write_bytes(f'file_name;text\r\na.wav;"{TEXT}"\r\n'.encode(encoding))
-    assert data.read_metadata(tmp_path, notes_)["a.wav"] == TEXT
+    assert library.read_metadata(tmp_path, notes_)["a.wav"] == TEXT
     assert [("cp1252" in note) for note in notes_] == [True] * 2 * (encoding == "cp1252")
     (tmp_path / "metadata.csv").unlink()
     (tmp_path / "a.json").write_bytes(json.dumps({"Caption": TEXT}, ensure_ascii=False).encode(encoding))
     (tmp_path / "a.txt").unlink()
-    assert data.prompt_of(tmp_path / "a.wav", tmp_path, {}) == TEXT
+    assert library.prompt_of(tmp_path / "a.wav", tmp_path, {}) == TEXT
 
 
 def test_captions_that_are_no_text_are_named(tmp_path):
@@ -1948,11 +1949,11 @@ def test_captions_that_are_no_text_are_named(tmp_path):
                     bytes(40), b"\x81\x8d"):
         notes_ = []
         (tmp_path / "a.txt").write_bytes(content)
-        assert data.find_prompt(tmp_path / "a.wav", tmp_path, {}, notes_)[1] == "names"
+        assert library.find_prompt(tmp_path / "a.wav", tmp_path, {}, notes_)[1] == "names"
         assert "a.txt is not used" in notes_[0]
         (tmp_path / "metadata.jsonl").write_bytes(content)
         with pytest.raises(UserError, match="metadata.jsonl: cannot be read"):
-            data.read_metadata(tmp_path)
+            library.read_metadata(tmp_path)
         (tmp_path / "metadata.jsonl").unlink()
 
 
@@ -1960,7 +1961,7 @@ def test_values_of_metadata(tmp_path):
     save_wav(tmp_path / "a.wav")
     def prompt(value):
         (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "./a.wav", "text": value}))
-        return data.read_metadata(tmp_path)["a.wav"]
+        return library.read_metadata(tmp_path)["a.wav"]
     for value, text in ((["jazz", "piano", 120], "jazz, piano, 120"), (120, "120"), (92.5, "92.5"),
                         (120.0, "120"), (None, ""), (["jazz", None, "", ["slow"]], "jazz, slow"),
                         (" a\n b\t", "a b"), ("\ud83d piano\0", "piano"), (math.nan, ""),
@@ -1973,10 +1974,10 @@ def test_values_of_metadata(tmp_path):
     for content in ([{"file_name": "a.wav", "text": ["x", "y"]}], {"a.wav": "x, y"},
                     {"a.wav": {"text": "x, y", "bpm": 1}}):
         (tmp_path / "metadata.json").write_text(json.dumps(content))
-        assert data.read_metadata(tmp_path)["a.wav"] == "x, y"
+        assert library.read_metadata(tmp_path)["a.wav"] == "x, y"
     notes_ = []
     (tmp_path / "metadata.json").write_text('{"album": {"year": 1}}')   # another program's
-    assert data.read_metadata(tmp_path, notes_) == {} and "metadata.json is not used" in notes_[0]
+    assert library.read_metadata(tmp_path, notes_) == {} and "metadata.json is not used" in notes_[0]
 
 
 def test_json_beside_a_track(tmp_path):
@@ -1988,12 +1989,12 @@ def test_json_beside_a_track(tmp_path):
                             (["x", "y"], "x, y")):
         for name in "a.json", "a.wav.json":
             (tmp_path / name).write_text(json.dumps(content))
-            assert data.prompt_of(file, tmp_path, {}) == prompt
+            assert library.prompt_of(file, tmp_path, {}) == prompt
             (tmp_path / name).unlink()
     for content in "{", "[" * 100000, '{"caption": {"en": "x"}}':
         notes_ = []
         (tmp_path / "a.json").write_text(content)
-        assert data.find_prompt(file, tmp_path, {}, notes_)[1] == "names"
+        assert library.find_prompt(file, tmp_path, {}, notes_)[1] == "names"
         assert "a.json is not used" in notes_[0]
 
 
@@ -2004,12 +2005,12 @@ def test_names_in_other_unicode_forms(tmp_path):
         folder = tmp_path / on_disk
         save_wav(folder / f"{on_disk}/{on_disk}.wav")
         (folder / "metadata.csv").write_text(f"file_name,text\n{written}/{written}.wav,from a row\n")
-        metadata = data.read_metadata(folder)
-        assert data.prompt_of(folder / f"{on_disk}/{on_disk}.wav", folder, metadata) == "from a row"
+        metadata = library.read_metadata(folder)
+        assert library.prompt_of(folder / f"{on_disk}/{on_disk}.wav", folder, metadata) == "from a row"
         save_wav(folder / f"{on_disk} 2.wav")
         (folder / f"{written} 2.txt").write_text("from a caption")
-        assert data.prompt_of(folder / f"{on_disk} 2.wav", folder, metadata) == "from a caption"
-        assert not data.find_files(folder).refused
+        assert library.prompt_of(folder / f"{on_disk} 2.wav", folder, metadata) == "from a caption"
+        assert not library.find_files(folder).refused
 
 
 def test_where_prompts_came_from(encoder, tmp_path, capsys):
@@ -2040,12 +2041,12 @@ def test_tags_in_other_encodings(tmp_path):
     wav = encoded(notes(1), format="WAV") + b"LIST" + struct.pack("<I", len(info)) + info
     (tmp_path / "a.wav").write_bytes(wav[:4] + struct.pack("<I", len(wav) - 8) + wav[8:])
     notes_ = []
-    assert data.find_prompt(tmp_path / "a.wav", tmp_path, {}, notes_) == ("Café Night", "tags")
+    assert library.find_prompt(tmp_path / "a.wav", tmp_path, {}, notes_) == ("Café Night", "tags")
     assert "title tag of a.wav is not UTF-8" in notes_[0]
     if shutil.which("ffmpeg"):
         ffmpeg("-i", tmp_path / "a.wav", "-metadata", "title=01 Café; x=1#", "-metadata", "genre=Jazz",
                tmp_path / "b.m4a")
-        assert data.find_prompt(tmp_path / "b.m4a", tmp_path, {}, notes_) == ("Café; x=1#, Jazz", "tags")
+        assert library.find_prompt(tmp_path / "b.m4a", tmp_path, {}, notes_) == ("Café; x=1#, Jazz", "tags")
 
 
 def test_words_keep_their_signs():
@@ -3106,7 +3107,7 @@ def test_beats_of_blocks_come_from_the_metadata(tmp_path):
     config = replace(TINY, beats=True)
     rate = config.frame_rate
     np.save(tmp_path / "a.npy", np.zeros((900, 8), np.float16))
-    known = data.Track("a", "x", tmp_path / "a.npy", 20, 900, data.Beats(120.0, 4, 0.25))
+    known = data.Track("a", "x", tmp_path / "a.npy", 20, 900, library.Beats(120.0, 4, 0.25))
     features = data.beats_at([(known.beats, 50), (None, 50)], [3, 4], config)
     bars = [((50 + 6 * block) / rate - 0.25) * 2 / 4 % 1 for block in (3, 4)]
     expected = controls.beat_features(torch.full((2,), 120.0).double(), torch.tensor(bars).double())
@@ -3123,9 +3124,9 @@ def test_beats_in_metadata(tmp_path):
     def beats(text):
         (tmp_path / "metadata.csv").write_text(text)
         save_wav(tmp_path / "a.wav")
-        return data.read_metadata(tmp_path, [], data.beats_of_row)["a.wav"]
-    assert beats("file_name,text,bpm,first_beat\na.wav,x,92.5,0.3\n") == data.Beats(92.5, 4, 0.3)
-    assert beats("file_name,text,bpm,beats_per_bar,first_beat\na.wav,x,180,3,0\n") == data.Beats(180, 3, 0)
+        return library.read_metadata(tmp_path, [], library.beats_of_row)["a.wav"]
+    assert beats("file_name,text,bpm,first_beat\na.wav,x,92.5,0.3\n") == library.Beats(92.5, 4, 0.3)
+    assert beats("file_name,text,bpm,beats_per_bar,first_beat\na.wav,x,180,3,0\n") == library.Beats(180, 3, 0)
     assert beats("file_name,text,bpm\na.wav,x,fast\n") is None            # says nothing of where beats are
     assert beats("file_name,text,bpm,first_beat\na.wav,x,,\n") is None
     for row, named in (("fast,0", "cannot be read"), ("0,0", "no music has bpm 0"), ("nan,1", "no music"),
@@ -3553,10 +3554,10 @@ def test_pick_up():
     prime = torch.randn(3, 8, 4)
     kept = {0: (torch.full((8, 4), 7.0), "seven", (None, 70)),
             3: (torch.full((8, 4), 9.0), "nine", ((90.0, 3.0, 0.5), 24))}
-    new = ["a", "b", "c"], [(data.Beats(60, 4, 0), 5), (None, 6), (None, 7)]
+    new = ["a", "b", "c"], [(library.Beats(60, 4, 0), 5), (None, 6), (None, 7)]
     contexts, prompts, starts = arc_forcing.pick_up(kept, range(1, 4), prime, *new, [True, False, False, False])
     assert prompts == ["a", "b", "nine"] and torch.equal(contexts[:2], prime[:2]) and (contexts[2] == 9).all()
-    assert starts == [(data.Beats(60, 4, 0), 5), (None, 6), (data.Beats(90, 3, 0.5), 24)]
+    assert starts == [(library.Beats(60, 4, 0), 5), (None, 6), (library.Beats(90, 3, 0.5), 24)]
     contexts, prompts, starts = arc_forcing.pick_up(kept, range(3), prime, *new, [False] * 3)
     assert prompts == ["seven", "b", "c"] and (contexts[0] == 7).all() and torch.equal(contexts[1:], prime[1:])
     assert starts[0] == (None, 70)
@@ -3568,7 +3569,7 @@ def test_arc_tells_the_beat(tmp_path):
     config = replace(TINY, beats=True)
     model = tiny(beats=True)
     np.save(tmp_path / "a.npy", np.zeros((31, 8), np.float16))
-    beats = data.Beats(120.0, 4, 0.25)
+    beats = library.Beats(120.0, 4, 0.25)
     track = data.Track("a", "slow", tmp_path / "a.npy", 0, 31, beats)
     batch = arc_forcing.draw_batch([track], config, 40, 4, 3, slice(0, 40), 0, "G", 0)
     features = batch.beats(config)
