@@ -6,11 +6,9 @@
 `denoise_block` makes a block, `Context` remembers the finished ones (the KV cache), `stream` puts them
 together; training rolls out with the same. `decode_stream` in audio.py turns blocks into sound. See "How it
 works" in the README. What is played when: live.py. """
-import argparse
 import contextlib
 import itertools
 import math
-import os
 import sys
 import time
 
@@ -19,17 +17,15 @@ import torch
 from tqdm import tqdm
 
 from audio import decode_stream, decoder_margin, encode_file, open_output, pcm     # decode_stream for callers
-from common import (PRECISIONS, UserError, default_checkpoint, device_of, discard_output, finite, fraction,
-                    keep_inputs, load, needs_speed, not_negative, playing_precision, positive,
-                    positive_finite, random_seed, reason_of, regime_of, run, speed, step_count, tempo,
-                    thread_count, whole_or_zero, writable)
-from controls import GIVES, beat_of
+from common import (UserError, default_checkpoint, device_of, discard_output, keep_inputs, load,
+                    playing_precision, reason_of, regime_of, run, speed, writable)
+from controls import beat_of
 from live import Turn, known_words, prompt_encoder
 from model import NO_BLOCKS, Cond, Numbered, add_noise, alpha_sigma, denoise, forget_t5, schedule
+from options import SAMPLERS, check, default_seconds, parse
 from stage import (Listening, Pace, Sound, Stopping, Typing, audio_from, control_of, first_signal_sets,
                    handed_out, load_state, save_state, take_line)
 
-SAMPLERS = "euler", "dpmpp", "pingpong"
 GUIDED_BLOCKS = 2                                           # after a change of prompt, by "pingpong++"
 GUIDANCE = 0.7                                              # of these: 1 is the conditional model alone
 DEFAULTS = {                                                # by the stage recorded in the checkpoint
@@ -400,116 +396,6 @@ def clip(model, cond, frames, *, steps=None, sampler=None, cfg=None, seed=0):
 
 
 # -------------------------------------------------------------------------------- command line
-def parse(argv=None):
-    p = argparse.ArgumentParser(description="Stream music, block by block, as a WAV on standard output.",
-                                allow_abbrev=False)
-    p.add_argument("--ckpt", help="checkpoint (default: out/arc.pt, else out/finetune.pt, else nano.pt)")
-    # what to play
-    p.add_argument("--prompt", help="what to play, such as 'slow piano' or 'house:0.7 + ambient:0.3' "
-                   "(default: the checkpoint's own example)")
-    p.add_argument("--prompt-file", help="embeddings written by stable_audio_port.py --prompts; "
-                   "the first, or the one --prompt names")
-    p.add_argument("--seconds", type=positive,
-                   help="length (default: 30, or a whole clip if that is shorter; with --live inf); "
-                   "inf plays until stopped")
-    p.add_argument("--prime", help="audio file to go on from")
-    p.add_argument("--bpm", type=tempo,
-                   help="beats a minute to keep to, four to a bar (for models that can be told)")
-    p.add_argument("--at", nargs=2, action="append", default=[], metavar=("TIME", "LINE"),
-                   help="a prompt or /command at this time of the stream, 20 or 1:05; may be repeated")
-    p.add_argument("--schedule", help="a file of lines '@TIME prompt or /command'")
-    p.add_argument("--live", action="store_true",
-                   help="each line typed while a player plays, a prompt or a /command, holds from the next "
-                   "block on (not on Windows)")
-    p.add_argument("--forget", type=whole_or_zero, help="blocks of the past to drop when the prompt changes "
-                   "(default: all of the context but one)")
-    p.add_argument("--no-transitions", action="store_true", help="when the prompt changes, neither read the "
-                   "past again nor drop any, and sample as ever")
-    p.add_argument("--chords", help="such as 'Am F C G', a bar each, with --bpm (for models with channels of "
-                   "pitch)")
-    p.add_argument("--sketch", help="audio file, or - for a WAV on standard input, whose pitch and loudness "
-                   "are played (for models with such channels)")
-    p.add_argument("--sketch-what", choices=GIVES, default="both")
-    p.add_argument("--sketch-until", type=fraction, default=0.0,
-                   help="noise level down to which it is given: 0 strictly, towards 1 more freely")
-    p.add_argument("--listen", help="audio file, or - for a WAV on standard input, which the model answers")
-    p.add_argument("--delay", type=positive_finite,
-                   help="seconds by which the answer follows what it answers " "(default: a block)")
-    p.add_argument("--mix", type=not_negative, default=0.0,
-                   
-                   help="how loud what is heard is mixed in, 1 as it is")
-    # where to, and how far ahead
-    p.add_argument("--out", help=".wav or .flac instead of standard output")
-    p.add_argument("--realtime", nargs="?", type=positive_finite, const=1.0, metavar="LEAD",
-                   help="hand audio out at most so many seconds before it is heard (default: 1)")
-    p.add_argument("--save-state", help="file to write at the end, or at Ctrl-C, from which ...")
-    p.add_argument("--resume-state", help="... a stream goes on to the sample, --seconds more")
-    # sampling
-    p.add_argument("--seed", type=random_seed, default=0)
-    p.add_argument("--steps", type=step_count, help="denoising steps per block (default: the checkpoint's)")
-    p.add_argument("--cfg", type=finite, help="guidance, 1 for none (default: the checkpoint's)")
-    p.add_argument("--sampler", choices=SAMPLERS, help="(default: the checkpoint's)")
-    p.add_argument("--no-cache", action="store_true",
-                   help="recompute the whole context at every step: slow, the same music but "
-                   "for rounding (in int8 that makes another tune)")
-    # machine
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--precision", choices=PRECISIONS, default="auto",
-                   help="auto: int8 where CPU and checkpoint suit it, else bf16 where it is faster")
-    p.add_argument("--threads", type=thread_count, help="CPU threads (default: PyTorch's choice)")
-    p.add_argument("--compile", action="store_true",
-                   help="compile part of the decoder, 20 s more before the first block, then "
-                   "faster; on a GPU also the transformer, a minute")
-    return p.parse_args(argv)
-
-
-def longest_clip(config):
-    """Seconds that the public model makes at once."""
-    return config.clip * config.hop / config.sample_rate
-
-
-def default_seconds(model, live):
-    """Without --seconds: live for ever, a clip no longer than it can be."""
-    if live:
-        return math.inf
-    return min(30, longest_clip(model.config)) if model.stage == "base" else 30
-
-
-def check(model, args):
-    """UserError for what the arguments ask of a checkpoint, or of this machine, that cannot do it."""
-    base = model.stage == "base"
-    for option in ("compile", "prime", "no_cache", "schedule", "at", "chords", "sketch", "listen", "realtime",
-                   "save_state", "resume_state"):
-        if getattr(args, option) and base:
-            raise UserError(f"--{option.replace('_', '-')} is for models that stream; this one makes a clip")
-    if model.stage == "autoencoder":
-        raise UserError("this checkpoint holds only an autoencoder yet: finetune.py --init trains the rest")
-    for option in "live", "at", "schedule":
-        if getattr(args, option) and (base or args.no_cache and model.config.causal):
-            raise UserError(f"--{option} needs a model that streams, and block-causal its cache, which "
-                            "remembers what was made under which prompt")
-    if args.live and (os.name == "nt" or sys.stdin is None):
-        raise UserError("--live reads standard input without waiting, but it is closed, or this is Windows, "
-                        "where that cannot be done")
-    if base and args.seconds > longest_clip(model.config):
-        raise UserError(f"this checkpoint makes one clip of at most {longest_clip(model.config):.1f} s; to "
-                        "stream, finetune it first (finetune.py --init)")
-    if args.bpm and not model.config.beats:
-        raise UserError("--bpm: this checkpoint cannot be told a beat; put the tempo in its prompt")
-    if args.compile:
-        needs_speed("--compile")
-    readers = [name for name, reads in (("--live", args.live), ("--sketch -", args.sketch == "-"),
-                                        ("--listen -", args.listen == "-")) if reads]
-    if len(readers) > 1:
-        raise UserError(f"{' and '.join(readers)} cannot both read standard input")
-    if args.listen and (args.prime or args.save_state or args.resume_state):
-        raise UserError("--listen goes with neither --prime nor --save-state and --resume-state")
-    if args.prime and args.resume_state:
-        raise UserError("--resume-state goes on from what was played: no --prime beside it")
-    if (args.delay or args.mix) and not args.listen:
-        raise UserError("--delay and --mix belong to --listen")
-
-
 def clip_pieces(model, args):
     """What a base model plays, one piece of audio (1, 2, n), and a line about it."""
     settings = sampling_settings(model, args.steps, args.sampler, args.cfg)

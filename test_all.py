@@ -4749,7 +4749,7 @@ def test_obedience_of_players_that_are_known(tmp_path, monkeypatch, capsys):
     dataset = SimpleNamespace(train=tracks[3:], validation=tracks[:3])
     renders = [measure.middle(folder, track, TINY, 8)[0] for track in tracks]
     monkeypatch.setattr(measure, "through_autoencoder", lambda model, audio: audio)
-    args = SimpleNamespace(data=folder, seconds=8, seeds=3, excerpts=10)
+    args = SimpleNamespace(data=folder, seconds=8, seeds=3, excerpts=10, beats=False)
 
     def table(played):
         monkeypatch.setattr(measure, "make_streams", lambda *_: [(renders[i], None) for i in played])
@@ -4765,6 +4765,17 @@ def test_obedience_of_players_that_are_known(tmp_path, monkeypatch, capsys):
     assert ignored["key", "streams"] == ignored["key or its relative", "streams"] == 0
     assert ignored["genre", "streams"] == 0 and ignored["tempo", "streams"] == 0
     assert ignored["key", "renders"] == 100
+
+
+def test_streams_told_the_beats_of_their_labels():
+    rows = [{"bpm": 92.0, "beats_per_bar": "3"}, {"bpm": 120.0}]
+    bpm, bar = measure.beats_of(rows, 3, PRESETS["nano"])(5)
+    assert bpm.tolist() == [92, 120, 92] and bar.dtype == torch.float64
+    seconds = 5 * PRESETS["nano"].block / PRESETS["nano"].frame_rate
+    assert bar.tolist() == pytest.approx([seconds * 92 / 60 / 3 % 1, seconds * 2 / 4 % 1,
+                                          seconds * 92 / 60 / 3 % 1])
+    features = controls.beat_of((bpm, bar), 3, "cpu")
+    assert torch.equal(features[1], controls.beat_of((120, bar[1].item()), 1, "cpu")[0])
 
 
 def test_obey_command(tmp_path, monkeypatch, capsys):
