@@ -10,12 +10,13 @@
 What goes out, when the beat is heard: /beat NUMBER BAR PLACE, all counted from 1.
 
 Max, SuperCollider, TouchOSC, DAWs and `oscsend` speak it; here python-osc reads and writes the packets. """
-import heapq
 import math
+import re
 import socket
 import sys
 import threading
 import time
+from collections import deque
 
 from common import UserError, reason_of
 from controls import BEATS_A_BAR
@@ -99,14 +100,14 @@ def beats_of(bars, bpm, seconds):
 
 
 class Beats:
-    """Sends /beat to HOST:PORT when the beat is heard. `block` is called as each block is begun.
+    """Sends /beat to HOST:PORT when the beat is heard, as long as a tempo is set.
 
-    heard: a function that gives the second of the stream that the listener is at."""
+    control: `live.Control`; heard: a function that gives the second of the stream that the listener is at."""
 
     def __init__(self, target, control, heard):
         _, udp_client = pythonosc("--osc-beats")
         host, _, port = target.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 2 ** 16:
+        if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2 ** 16:
             raise UserError(f"--osc-beats {target}: HOST:PORT was expected")
         try:
             self.client = udp_client.SimpleUDPClient(host.strip("[]"), int(port))
@@ -114,28 +115,30 @@ class Beats:
             raise UserError(f"--osc-beats {target}: {reason_of(error)}") from None
         self.control = control
         self.heard = heard
-        self.waiting = []                                   # (second of the stream, number of the beat)
-        self.lock = threading.Lock()
-        threading.Thread(target=self.send, name="beats", daemon=True).start()
+        self.number = control.number                        # of the next block that will be begun
+        self.waiting = deque()                              # (second of the stream, number of the beat)
+        threading.Thread(target=self.watch, name="beats", daemon=True).start()
 
-    def block(self, number):
-        """Block `number` is begun, under the tempo that the control has now."""
-        beat = self.control.beat(number)
-        if beat is None:
-            return
-        seconds = self.control.block_seconds
-        with self.lock:
-            for after, place in beats_of(self.control.bars(number), beat[0], seconds):
-                heapq.heappush(self.waiting, (number * seconds + after, place))
-
-    def send(self):
+    def watch(self):
         while True:
             time.sleep(WAIT)
-            with self.lock:
-                if not self.waiting or self.waiting[0][0] > self.heard():
-                    continue
-                _, beat = heapq.heappop(self.waiting)
-            try:
-                self.client.send_message("/beat", [beat + 1, beat // BEATS_A_BAR + 1, beat % BEATS_A_BAR + 1])
-            except OSError:    # nobody listens there, yet
-                pass
+            with self.control.lock:
+                while self.number < self.control.number:
+                    self.begun(self.number)
+                    self.number += 1
+            while self.waiting and self.waiting[0][0] <= self.heard():
+                self.send(self.waiting.popleft()[1])
+
+    def begun(self, number):
+        """Block `number` is being made, in the tempo that the control has now."""
+        bars = self.control.bars(number)
+        if bars is not None:
+            seconds = self.control.block_seconds
+            for after, beat in beats_of(bars, self.control.bpm, seconds):
+                self.waiting.append((number * seconds + after, beat))
+
+    def send(self, beat):
+        try:
+            self.client.send_message("/beat", [beat + 1, beat // BEATS_A_BAR + 1, beat % BEATS_A_BAR + 1])
+        except OSError:    # nobody listens there, yet
+            pass

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import re
 import socket
 import socketserver
@@ -33,10 +34,10 @@ import torch
 
 import osc
 import sample
-from audio import WavWriter, decode_stream, decoder_margin, pcm
-from common import UserError, positive_finite, reason_of, run, speed
-from live import Control, parse_line, prompt_encoder
-from stage import Pace
+from audio import WavWriter, decoder_margin, pcm
+from common import UserError, reason_of, run, speed
+from live import parse_line
+from stage import Fade, Pace
 
 FRAME = 4                                                   # bytes of a sample: int16, left and right
 KEPT = 120                                                  # seconds that a listener may fall behind
@@ -44,6 +45,8 @@ MOST_SENT = 10                                              # seconds of sound i
 PATIENCE = 5                                                # seconds that a request waits for new sound
 LARGEST_BODY = 4096                                         # bytes
 CONNECTIONS = 64                                            # at once
+LEAD = 0.5                                                  # --realtime, where it is not given
+REFUSED = "--out", "--listen", "--no-cache", "--save-state", "--resume-state"
 PAGE = Path(__file__).with_name("page.html")
 HEADERS = (                                                 # nothing from elsewhere, nothing for elsewhere
     ("Content-Security-Policy", "default-src 'none'; script-src 'unsafe-inline' blob:; connect-src 'self'; "
@@ -106,29 +109,25 @@ class Tape:
 class Show:
     """The set while it is played: its tape, the listeners' clock, and commands.
 
-    The clock (`stage.Pace`) runs in real time from the first piece on. When a piece comes too late all
-    listeners hear a gap, and the clock is set back by it. While the set is stopped the clock stands."""
+    The clock (`stage.Pace`) runs in real time from the first piece on, and never beyond what was made: while
+    the set rests it stands, and when a piece comes too late all listeners hear a gap."""
 
-    def __init__(self, rate, lead):
-        """lead: seconds of music that are made before they are heard."""
-        self.tape = Tape(rate)
-        self.pace = Pace(rate, lead)
+    def __init__(self, pace):
+        self.pace = pace
+        self.tape = Tape(pace.rate)
         self.control = None                                 # live.Control
         self.settings = {}                                  # steps, cfg: as they were at first
         self.going = threading.Event()                      # cleared: stop after the next piece
         self.going.set()
         self.resting = False                                # will nothing come until /start?
         self.over = False                                   # will nothing come any more?
-        self.lock = threading.Lock()                        # of the clock
-
-    def heard(self):
-        """The second of the set at which the listeners are."""
-        with self.lock:
-            return self.pace.heard()
 
     def due(self):
-        """The sample that they hear now."""
-        return int(self.heard() * self.tape.rate)
+        """The sample that listeners hear now."""
+        return int(self.pace.heard() * self.pace.rate)
+
+    def block_samples(self):
+        return round(self.control.block_seconds * self.pace.rate)
 
     def say(self, text):
         """Take a line of live.py's grammar, or /start: the reply, and the sample from which it holds, or
@@ -142,11 +141,9 @@ class Show:
         if word == "/stop":                                 # with a time, it is the end
             self.going.clear()
             return "stopping: one more block, which fades out", None
-        control = self.control
-        with control.lock:
-            answer = control.say(text)
-            block = control.said[-1].block - control.first
-            return answer, round(block * control.block_seconds * self.tape.rate)
+        with self.control.lock:
+            answer = self.control.say(text)
+            return answer, self.control.said[-1].block * self.block_samples()
 
     def state(self):
         """Plain values for the page."""
@@ -155,52 +152,57 @@ class Show:
         keys = [f"{note.upper()} {mode}" for note in "cdefgab" for mode in ("major", "minor")
                 if note in words and mode in words]
         promise = self.pace.lead + self.control.block_seconds + decoder_margin(c) / c.frame_rate
-        return {**self.settings, **self.control.status(), "rate": self.tape.rate, "reserve": self.pace.lead / 2,
-                "playing": self.going.is_set(), "over": self.over, "end": self.tape.end, "due": self.due(),
-                "late": len(self.pace.late), "keys": keys, "promise": promise}
+        return {**self.settings, **self.control.status(), "rate": self.pace.rate, "end": self.tape.end,
+                "due": self.due(), "reserve": self.pace.lead / 2, "promise": promise, "keys": keys,
+                "playing": self.going.is_set(), "over": self.over, "late": len(self.pace.late)}
 
-    def play(self, pieces):
-        """Lay audio (1, 2, n) on the tape, a piece as soon as all before it is heard but for the lead."""
+    def play(self, pieces, stopping):
+        """Lay audio (1, 2, n) on the tape, the next piece when all but the lead of the last one was heard.
+
+        stopping: an Event that ends the set, with a piece that fades out."""
         begins = False
         for audio in pieces:
-            samples = pcm(audio)
-            if not len(samples):
-                continue
-            stops = not self.going.is_set()
-            rise = np.linspace(0, 1, len(samples))[:, None]
-            for fades, slope in (begins, rise), (stops, 1 - rise):
-                samples = (samples * slope).astype(np.int16) if fades else samples
-            self.add(samples)
+            position = self.pace.position
+            end = position + audio.shape[-1]
+            if begins:
+                audio = Fade(end, position).of(audio, position)         # from its end backwards: a rise
+                self.pace.began = self.pace.now() - (position - self.pace.first) / self.pace.rate
+            stops = stopping.is_set() or not self.going.is_set()
             if stops:
-                self.rest()
+                audio = Fade(position, end).of(audio, position)
+            last = self.control.end                         # number of the block that a /stop in a schedule fades
+            if last is not None:
+                fade = Fade(last * self.block_samples(), (last + 1) * self.block_samples())
+                audio = fade.of(audio, position)
+            self.add(pcm(audio))
+            if stopping.is_set() or last is not None and end >= fade.end:
+                break
+            if stops:
+                self.rest(stopping)
             begins = stops
             self.pace.wait(0)
         self.over = True
         self.going.clear()
-        self.rest()
+        self.rest(stopping)
 
     def add(self, samples):
-        with self.lock:
-            late = self.pace.arrived()
+        late = self.pace.arrived()
         self.tape.append(samples)
-        with self.lock, self.control.lock:
-            block = round(self.control.block_seconds * self.tape.rate)
-            lines = self.pace.hand_out(len(samples), self.control.said, block)
+        with self.control.lock:
+            lines = self.pace.hand_out(len(samples), self.control.said, self.block_samples())
         for line in [late] * bool(late) + lines:
             note(line)
 
-    def rest(self):
-        """Let what was made be heard out, then wait for /start."""
+    def rest(self, stopping):
+        """Wait until all that was made is heard, and for /start or the end."""
         with self.tape.more:
             self.resting = True
             self.tape.more.notify_all()                     # listeners: no more will come
         while not self.going.is_set() and self.due() < self.tape.end:
             time.sleep(0.01)
-        with self.lock:                                     # the clock stands until there is more
-            self.pace.began = None
-            self.pace.first = self.pace.position
-        self.going.wait()
-        self.resting = False
+        while not (self.going.wait(0.1) or stopping.is_set()):
+            pass
+        self.resting = self.over
 
 
 # -------------------------------------------------------------------------------- requests
@@ -240,7 +242,7 @@ class Handler(BaseHTTPRequestHandler):
         known = self.headers.get("X-Stopped") is not None   # does the listener know that the set rests?
         with show.tape.more:
             show.tape.more.wait_for(lambda: show.tape.end > first or show.resting and not known, PATIENCE)
-        first, samples = show.tape.read(first, MOST_SENT * show.tape.rate)
+        first, samples = show.tape.read(first, MOST_SENT * show.pace.rate)
         if samples:
             self.answer(200, "application/octet-stream", samples, [("X-Position", first)])
         else:
@@ -380,17 +382,23 @@ def note(text):
 
 # -------------------------------------------------------------------------------- command line
 def parse(argv=None):
+    """This script's own arguments, and those of sample.py. Raises UserError."""
     p = argparse.ArgumentParser(description="Play from a browser.", allow_abbrev=False,
-                                epilog="All further options are those of sample.py.")
+                                epilog=f"All further options are those of sample.py, but for --realtime, which is "
+                                f"{LEAD:g} here, and {', '.join(REFUSED)}.")
     p.add_argument("--host", default="127.0.0.1",
-                   help="address to serve at (default: 127.0.0.1, this machine only)")
+                   help="address to serve at (default: 127.0.0.1, which only this machine reaches)")
     p.add_argument("--port", type=int, default=8000, help="(default: 8000)")
-    p.add_argument("--lead", type=positive_finite, default=0.5,
-                   help="seconds of music that are made before they are due (default: 0.5)")
     p.add_argument("--osc", type=int, metavar="PORT", help="take commands as OSC messages over UDP, too")
-    p.add_argument("--osc-beats", metavar="HOST:PORT", help="send /beat there when a beat is heard")
+    p.add_argument("--osc-beats", metavar="HOST:PORT", help="send /beat there as OSC when a beat is heard")
     own, rest = p.parse_known_args(argv)
-    return own, sample.parse(rest)
+    args = sample.parse(rest)
+    for option in REFUSED:
+        if getattr(args, option[2:].replace("-", "_")):
+            raise UserError(f"{option} belongs to sample.py; here the page keeps the set")
+    args.realtime = args.realtime or LEAD
+    args.seconds = args.seconds or math.inf
+    return own, args
 
 
 @torch.no_grad()
@@ -399,28 +407,28 @@ def main():
     torch.set_flush_denormal(True)
     if speed:
         speed.keep_memory()
-    model, _ = sample.set_up(args)
-    c = model.config
-    show = Show(c.sample_rate, own.lead)
-    encode, names = prompt_encoder(model, args.prompt_file)
+    if own.osc is not None or own.osc_beats:
+        osc.pythonosc("--osc")
+    model, _, _ = sample.set_up(args)
+    rate = model.config.sample_rate
+    show = Show(Pace(rate, args.realtime))
+    stopping = sample.Stopping()
+    show.control = sample.control_of(model, args, show.pace, stopping, None)
     show.settings = sample.sampling_settings(model, args.steps, args.sampler, args.cfg)
-    show.control = control = Control(model, encode, args.prompt or model.sampling.get("prompt", ""),
-                                     names=names, clock=show.heard)
-    beats = osc.Beats(own.osc_beats, control, show.heard) if own.osc_beats else None
-
-    def change(number):
-        turn = control.change(number)
-        if beats is not None:
-            beats.block(number)
-        return turn
-    latents = sample.stream(model, control.cond, change=change, beat=control.beat if c.beats else None,
-                            sketch=control.sketch, seed=args.seed, **show.settings)
+    samples = None if math.isinf(args.seconds) else round(args.seconds * rate)
+    pieces, plan, _ = sample.stream_pieces(model, args, samples, False, show.control, None, stopping)
+    note(plan)
     server = Server(show, own.host, own.port)
     threading.Thread(target=server.serve_forever, name="server", daemon=True).start()
     note(f"play at http://{server.name}:{server.server_address[1]} (Ctrl-C ends the set)")
     if own.osc is not None:
         note(f"OSC at {own.host}:{osc.serve(lambda line: show.say(line)[0], own.osc, own.host)}")
-    show.play(decode_stream(model.autoencoder, latents, args.compile))
+    if own.osc_beats:
+        osc.Beats(own.osc_beats, show.control, show.pace.heard)
+    with contextlib.closing(pieces), sample.first_signal_sets(stopping):
+        show.play(pieces, stopping)
+    for line in show.pace.summary():
+        note(line)
 
 
 if __name__ == "__main__":
