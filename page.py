@@ -124,7 +124,7 @@ class Show:
 
     def due(self):
         """The sample that listeners hear now."""
-        return int(self.pace.heard() * self.pace.rate)
+        return round(self.pace.heard() * self.pace.rate)
 
     def block_samples(self):
         return round(self.control.block_seconds * self.pace.rate)
