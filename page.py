@@ -37,7 +37,7 @@ import sample
 from audio import WavWriter, decoder_margin, pcm
 from common import UserError, reason_of, run, speed
 from live import parse_line
-from stage import Fade, Pace
+from stage import Fade, Pace, Stopping, control_of, first_signal_sets
 
 FRAME = 4                                                   # bytes of a sample: int16, left and right
 KEPT = 120                                                  # seconds that a listener may fall behind
@@ -181,6 +181,7 @@ class Show:
                 self.rest(stopping)
             begins = stops
             self.pace.wait(0)
+            self.pace.work_since = self.pace.now()
         self.over = True
         self.going.clear()
         self.rest(stopping)
@@ -412,8 +413,8 @@ def main():
     model, _, _ = sample.set_up(args)
     rate = model.config.sample_rate
     show = Show(Pace(rate, args.realtime))
-    stopping = sample.Stopping()
-    show.control = sample.control_of(model, args, show.pace, stopping, None)
+    stopping = Stopping()
+    show.control = control_of(model, args, show.pace, stopping, None)
     show.settings = sample.sampling_settings(model, args.steps, args.sampler, args.cfg)
     samples = None if math.isinf(args.seconds) else round(args.seconds * rate)
     pieces, plan, _ = sample.stream_pieces(model, args, samples, False, show.control, None, stopping)
@@ -425,7 +426,7 @@ def main():
         note(f"OSC at {own.host}:{osc.serve(lambda line: show.say(line)[0], own.osc, own.host)}")
     if own.osc_beats:
         osc.Beats(own.osc_beats, show.control, show.pace.heard)
-    with contextlib.closing(pieces), sample.first_signal_sets(stopping):
+    with contextlib.closing(pieces), first_signal_sets(stopping):
         show.play(pieces, stopping)
     for line in show.pace.summary():
         note(line)
