@@ -1,4 +1,4 @@
-"""A set that is played for listeners: kept on a tape, at the pace of a clock, stopped and started by commands.
+"""A set that is played for listeners: kept on a tape, at the pace of a clock, stopped and started.
 
 One thread makes the music and lays it on the `Tape`; `Show` keeps it a little ahead of the clock. All others
 only read the tape or say a line. Everything is counted in samples from the start of the set, so whoever was
@@ -108,7 +108,7 @@ class Show:
         if word == "/stop":                                 # with a time, it is the end
             self.going.clear()
             return "stopping: one more block, which fades out", None
-        if not self.files and names_file(text):
+        if not self.files and word not in self.control.names and names_file(text):
             raise UserError("files can be named only where nobody else reaches the page")
         before = time.perf_counter()
         answer = self.control.say(text)

@@ -10,6 +10,7 @@ A sceptic reads the first section: the claims that everything else rests on. The
     sample.py
     live.py
     stage.py
+    page.py, show.py, osc.py
     finetune.py
     arc_forcing.py
     stable_audio_port.py
@@ -23,7 +24,9 @@ import argparse
 import contextlib
 import copy
 import csv
+import fcntl
 import gc
+import http.client
 import importlib
 import io
 import itertools
@@ -33,9 +36,11 @@ import os
 import pty
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -67,8 +72,11 @@ import library
 import live
 import measure
 import nano
+import osc
+import page
 import recordings
 import sample
+import show
 import speed
 import stable_audio_port as port
 import stage
@@ -3025,6 +3033,439 @@ def test_a_sketch_is_played(tmp_path, call):
                          (("--mix", "1"), "belong to --listen"), (("--schedule", "none"), "cannot read the sch")):
         status, err = call(sample.main, "--ckpt", "plain.pt", "--out", "d.wav", *args)
         assert status == 2 and reason in err.splitlines()[-1] and not (tmp_path / "d.wav").exists(), err
+
+
+# -------------------------------------------------------------------------------- page.py, show.py, osc.py
+def streamed(model, control):
+    """What the page plays: audio pieces (1, 2, n)."""
+    latents = sample.stream(model, control.cond, change=control.change)
+    return audio_io.decode_stream(model.autoencoder, latents)
+
+
+def silence(model, control):
+    """The same for as little work as possible."""
+    for number in itertools.count():
+        control.change(number)
+        yield torch.zeros(1, 2, model.config.block * model.config.hop)
+
+
+@contextlib.contextmanager
+def served(played, lead=0.3):
+    """A set, `streamed` or `silence`, in blocks of 0.17 s, served at a free port."""
+    model = tiny(block=240, context_blocks=1)
+    playing = show.Show(stage.Pace(model.config.sample_rate, lead))
+    encode, _ = live.prompt_encoder(model)
+    playing.control = live.Control(model, encode, "slow piano", clock=playing.pace.heard)
+    ended = threading.Event()
+    server = page.Server(playing, "127.0.0.1", 0)
+    threads = [threading.Thread(target=server.serve_forever, daemon=True),
+               threading.Thread(daemon=True,
+                                target=lambda: playing.play(played(model, playing.control), ended))]
+    for thread in threads:
+        thread.start()
+    try:
+        yield SimpleNamespace(show=playing, port=server.server_address[1], model=model)
+    finally:
+        ended.set()
+        server.shutdown()
+        server.server_close()
+        for thread in threads:
+            thread.join()
+
+
+def raw_request(port, text, host=True):
+    """What a server answers to these bytes: (status, headers, body); None where it says nothing."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        if host:
+            text = text.replace("\r\n", f"\r\nHost: 127.0.0.1:{port}\r\n", 1)
+        connection.sendall(text.encode("latin-1"))
+        reply = http.client.HTTPResponse(connection)
+        reply.begin()
+        return reply.status, reply.headers, reply.read()
+
+
+def get(port, path, *headers):
+    lines = [f"GET {path} HTTP/1.1", *headers, "Connection: close", "", ""]
+    return raw_request(port, "\r\n".join(lines))
+
+
+def post(port, body, *headers, kind="application/json"):
+    lines = ["POST /say HTTP/1.1", f"Content-Type: {kind}", f"Content-Length: {len(body)}", *headers]
+    return raw_request(port, "\r\n".join([*lines, "", body]))
+
+
+def wait_until(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.01)
+
+
+def heard_by_one_who_is_cut_off(port, samples, every):
+    """The set's first samples as bytes, through connections that break after so many bytes of the body."""
+    heard = b""
+    while len(heard) < 4 * samples:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", f"/audio?from={len(heard) // 4}")
+        reply = connection.getresponse()
+        if reply.status == 200:
+            assert int(reply.headers["X-Position"]) == len(heard) // 4
+            piece = reply.read(every)
+            heard += piece[:len(piece) // 4 * 4]
+        connection.close()
+    return heard[:4 * samples]
+
+
+def test_listeners_hear_the_same_set():
+    """The page's audio is sample.stream's, to the sample, whatever connections break, for every listener."""
+    samples = 30000
+    with served(streamed) as venue:
+        other = []
+        listener = threading.Thread(target=lambda: other.append(
+            heard_by_one_who_is_cut_off(venue.port, samples, every=10 ** 9)))
+        listener.start()
+        heard = heard_by_one_who_is_cut_off(venue.port, samples, every=1003)
+        listener.join()
+        status, headers, recording = get(venue.port, "/set.wav")
+    assert other == [heard] and status == 200 and headers["Content-Type"] == "audio/wav"
+    assert recording[44:44 + len(heard)] == heard
+    audio, rate = soundfile.read(io.BytesIO(recording), dtype="int16")
+    assert rate == 44100 and len(audio) == len(recording) // 4 - 11
+    latents = sample.stream(venue.model, condition(venue.model, "slow piano"), blocks=5)
+    pieces = audio_io.decode_stream(venue.model.autoencoder, latents)
+    whole = np.concatenate([audio_io.pcm(piece) for piece in pieces])
+    assert np.array_equal(np.frombuffer(heard, "<i2").reshape(-1, 2), whole[:samples])
+
+
+def test_a_change_holds_from_the_sample_that_is_told():
+    with served(streamed) as venue:
+        heard_by_one_who_is_cut_off(venue.port, 5000, every=10 ** 9)
+        status, _, body = post(venue.port, '{"line": "fast"}')
+        said = json.loads(body)
+        assert status == 200 and said["answer"] == "next: 'fast'"
+        position = said["position"]
+        assert position % (240 * 32) == 0 and position > 0
+        heard = heard_by_one_who_is_cut_off(venue.port, position + 6000, every=10 ** 9)
+        state = json.loads(get(venue.port, "/state")[2])
+    assert state["mix"] == {"fast": 1.0} and state["playing"] and state["end"] >= position + 6000
+
+    def played(lines):                                      # in advance, in place of on the way
+        control = live.Control(venue.model, live.prompt_encoder(venue.model)[0], "slow piano", lines)
+        pieces = itertools.islice(streamed(venue.model, control), position // 7680 + 3)
+        return np.concatenate([audio_io.pcm(piece) for piece in pieces])[:position + 6000]
+    heard = np.frombuffer(heard, "<i2").reshape(-1, 2)
+    assert np.array_equal(heard, played([f"@{position / 44100} fast"]))
+    differs = (heard != played([])).any(1).nonzero()[0]
+    margin = audio_io.decoder_margin(venue.model.config) * 32
+    assert position - margin <= differs[0] < position + 7680
+
+
+def test_stop_and_start():
+    """One more block fades out, the listeners are told, and /start goes on at the next sample."""
+    with served(streamed) as venue:
+        heard_by_one_who_is_cut_off(venue.port, 5000, every=10 ** 9)
+        assert json.loads(post(venue.port, '{"line": "/stop"}')[2])["position"] is None
+        wait_until(lambda: venue.show.resting)
+        end = venue.show.tape.end
+        _, samples = venue.show.tape.read(end - 100, 100)
+        assert np.abs(np.frombuffer(samples, "<i2")).max() < 3000
+        status, headers, _ = get(venue.port, f"/audio?from={end}")
+        assert status == 204 and headers["X-Stopped"] == "1" and venue.show.tape.end == end
+        wait_until(lambda: venue.show.due() == end)
+        time.sleep(0.1)
+        assert venue.show.due() == end                      # the clock stands
+        assert not json.loads(get(venue.port, "/state")[2])["playing"]
+        post(venue.port, '{"line": "/start"}')
+        status, headers, samples = get(venue.port, f"/audio?from={end}")
+        assert status == 200 and int(headers["X-Position"]) == end and len(samples)
+        assert np.abs(np.frombuffer(samples, "<i2")[:8]).max() < 300
+
+
+def test_what_is_no_request_of_our_page():
+    """Somebody else's page, and what is malformed, get one line; the music goes on."""
+    with served(silence) as venue:
+        here = f"127.0.0.1:{venue.port}"
+        line = '{"line": "fast"}'
+        for header, path, status in (
+                ("Origin: https://evil.example", "/audio", 403), ("Origin: null", "/state", 403),
+                (f"Origin: http://localhost:{venue.port + 1}", "/state", 403),
+                (f"Origin: http://localhost:{venue.port}", "/state", 403),      # of another name than Host
+                ("Sec-Fetch-Site: cross-site", "/set.wav", 403), ("Sec-Fetch-Site: same-site", "/audio", 403),
+                ("Sec-Fetch-Site: cross-site", "/", 200), (f"Origin: http://{here}", "/state", 200),
+                ("Sec-Fetch-Site: same-origin", "/state", 200), (f"Host: {here}", "/state", 403),
+                ("X: y", "/nothing", 404), ("X: y", "/../page.py", 404), ("X: y", "/audio?from=-1", 400),
+                ("X: y", "/audio?from=1&from=2", 400), ("X: y", "/audio?from=", 400),
+                ("X: y", "/audio?from=\xb2", 400), ("X: y", "/audio?to=5", 400),
+                ("X: y", f"/audio?from={10 ** 14}", 416), ("X: " + "y" * 70000, "/", 431),
+                ("X: y", "/" + "y" * 70000, 414)):
+            answer = get(venue.port, path, header)
+            assert answer[0] == status, (header[:40], path[:40], answer)
+            assert status == 200 or answer[2].count(b"\n") == 1
+        for host in ("evil.example", f"localhost.evil.example:{venue.port}", f"evil@127.0.0.1:{venue.port}",
+                     "", "127.0.0.1.nip.io", "127.0.0.1:x"):
+            answer = raw_request(venue.port, f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n", host=False)
+            assert answer[0] == 403 and answer[2].count(b"\n") == 1, host
+        for host in f"localhost:{venue.port}", "LOCALHOST", "127.0.0.1:5":      # the last: through a tunnel
+            assert raw_request(venue.port, f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n",
+                               host=False)[0] == 200
+        for text, status in (("GET / HTTP/1.1\r\n\r\n", 403), ("GET /\r\n\r\n", 403), ("what\r\n\r\n", 400),
+                             ("GET / x y HTTP/1.1\r\n\r\n", 400), ("\x00\x01\x02 / HTTP/1\r\n\r\n", 400)):
+            assert raw_request(venue.port, text, host=False)[0] == status, text
+        for header, kind, status in (
+                ("Origin: http://evil.example", "application/json", 403), ("X: y", "text/plain", 415),
+                ("X: y", "application/x-www-form-urlencoded", 415), ("X: y", "", 415),
+                ("X: y", "application/json; charset=utf-8", 200),
+                (f"Origin: http://{here}", "application/json", 200)):
+            answer = post(venue.port, line, header, kind=kind)
+            assert answer[0] == status, (header, kind, answer)
+            assert status == 200 or answer[2].count(b"\n") == 1
+        for body in ("", "{", "[" * 4000, "[]", "5",
+                     '{"line": 5}', '{"line": " "}', '{"line": "/nothing"}', "\xff",
+                     json.dumps({"line": "\u266d\n"}), json.dumps({"line": "\ud800"}), " " * 5000):
+            status, _, answer = post(venue.port, body)
+            assert status == (413 if len(body) == 5000 else 400) and answer.count(b"\n") == 1, (body[:40], answer)
+        assert b"column 1" in post(venue.port, '{"line": "/nothing"}')[2]
+        kind = "Content-Type: application/json\r\n"
+        for method, more, status in (("POST", kind, 411), ("POST", kind + "Content-Length: -1\r\n", 411),
+                                     ("OPTIONS", "Access-Control-Request-Method: POST\r\n", 405),
+                                     ("PUT", "", 405)):
+            answer = raw_request(venue.port, f"{method} /say HTTP/1.1\r\n{more}\r\n")
+            assert answer[0] == status and "Access-Control-Allow-Origin" not in answer[1]
+        before = venue.show.tape.end
+        wait_until(lambda: venue.show.tape.end > before)
+
+
+def test_who_is_slow_keeps_nobody_waiting():
+    with served(silence) as venue, contextlib.ExitStack() as open_ones:
+        for _ in range(10):                                 # half a request, and one that is never read
+            for text in b"GET / HT", b"GET /set.wav HTTP/1.1\r\nHost: localhost\r\n\r\n":
+                slow = open_ones.enter_context(socket.create_connection(("127.0.0.1", venue.port)))
+                slow.sendall(text)
+        assert len(heard_by_one_who_is_cut_off(venue.port, 9000, every=10 ** 9)) == 36000
+        many = [open_ones.enter_context(socket.create_connection(("127.0.0.1", venue.port)))
+                for _ in range(page.CONNECTIONS)]
+        many[-1].settimeout(60)
+        assert many[-1].recv(1) == b""                      # too many: closed at once
+        before = venue.show.tape.end
+        wait_until(lambda: venue.show.tape.end > before)
+
+
+def test_who_falls_far_behind_is_told(monkeypatch):
+    tape = show.Tape(100, seconds=2)
+    rows = np.arange(1000, dtype=np.int16).reshape(-1, 2)
+    for start in range(0, 500, 70):
+        tape.append(rows[start:start + 70])
+    first, samples = tape.read(50, 1000)
+    assert first == 300 and np.array_equal(np.frombuffer(samples, "<i2").reshape(-1, 2), rows[300:])
+    assert tape.read(500, 9) == (500, b"") and tape.read(480, 9)[1] == rows[480:489].tobytes()
+    size, pieces = tape.wav()
+    wav = b"".join(pieces)
+    assert len(wav) == size and wav[44:] == rows.tobytes()
+    monkeypatch.setattr(tape, "file", open("/dev/full", "r+b", buffering=0))
+    tape.append(rows[:50])                                  # no more room: the music goes on
+    assert tape.full and tape.end == 550 and tape.recorded == 500
+
+
+def test_late_pieces_set_the_clock_back(capsys):
+    playing = show.Show(stage.Pace(1000, lead=0.01))
+    playing.control = SimpleNamespace(lock=threading.Lock(), said=[], block_seconds=0.02, end=None)
+    ended = threading.Event()
+
+    def pieces():
+        for _ in range(3):
+            time.sleep(0.1)                                 # longer than the 0.02 s that a piece lasts
+            yield torch.zeros(1, 2, 20)
+    threading.Thread(target=lambda: playing.play(pieces(), ended), daemon=True).start()
+    wait_until(lambda: playing.over and playing.due() == 60)
+    ended.set()
+    assert len(playing.pace.late) == 2 and "late: the audio at 0.0 s" in capsys.readouterr().err
+    with pytest.raises(UserError, match="over"):
+        playing.say("/start")
+
+
+def test_others_cannot_name_files():
+    playing = show.Show(stage.Pace(44100, 0.5), files=False)
+    model = tiny()
+    playing.control = live.Control(model, live.prompt_encoder(model)[0], "slow piano")
+    for line in "/sketch /etc/passwd", "@5 /SKETCH x.wav", '/"sketch" x.wav':
+        with pytest.raises(UserError, match="files can be named only"):
+            playing.say(line)
+    assert playing.say("fast") == ("next: 'fast'", 0) and playing.say("/sketch off")
+    assert playing.say("/stop")[1] is None and playing.say("/start")[1] is None
+
+
+@pytest.mark.parametrize("args, message", (
+    (["--port", 10 ** 6], "1000000"), (["--osc", 9001], "pip install python-osc"),
+    (["--out", "x.wav"], "--out"), (["--osc-beats", "x:1"], "pip install python-osc"),
+    (["--save-state", "x"], "--save-state"), (["--no-cache"], "--no-cache"),
+    (["--prompt", '"', "--port", 0], "column 1")))
+def test_page_command_line(args, message, tiny_file, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pythonosc", None)     # not installed
+    status, err = call(page.main, "--ckpt", tiny_file, *args)
+    assert status == 2 and message in err and "Traceback" not in err
+
+
+class Ear:
+    """A UDP port and a list of the lines that were said to it."""
+    def __init__(self):
+        self.lines = []
+        self.port = osc.serve(self.say, 0)
+
+    def say(self, line):
+        if line == "/wrong":
+            raise UserError("column 1: wrong")
+        self.lines.append(line)
+        return f"next: {line}"
+
+    def send(self, packet):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(packet, ("127.0.0.1", self.port))
+
+    def heard(self, line):
+        wait_until(lambda: line in self.lines)
+        return self.lines
+
+
+def test_osc_commands(capsys):
+    pytest.importorskip("pythonosc", reason="python-osc is not installed")
+    from pythonosc.udp_client import SimpleUDPClient
+    ear = Ear()
+    client = SimpleUDPClient("127.0.0.1", ear.port)
+    for address, values in (("/prompt", "slow piano"), ("/prompt", ["house:0.7 + ambient:0.3", 8.0]),
+                            ("/bpm", 92), ("/bpm", "off"), ("/cfg", 0.7), ("/steps", 8.0), ("/stop", []),
+                            ("/stop", 0.0), ("/chords", ["Am", "F"]), ("/wrong", []),
+                            ("/sketch", ["a song.wav", "pitch", 0.5]),
+                            ("/say", "@1:30 fast"), ("/say", [1, 2]), ("/prompt", []),
+                            ("/prompt", b"\1\2"), ("/cfg", True), ("/cfg", float("nan"))):
+        client.send_message(address, values)
+    for packet in (b"", b"garbage", b"/a\0\0,i\0\0\0", b"#bundle\0\0\0\0\0\0\0\0\1\0\0\0\x7f",
+                   b"/\xff\0\0,s\0\0\xff", b"#bundle\0" * 4000):
+        ear.send(packet)
+    client.send_message("/say", "last")
+    assert ear.heard("last") == [
+        "slow piano", "house:0.7 + ambient:0.3 ~ 8", "/bpm 92", "/bpm off", "/cfg 0.7", "/steps 8", "/stop",
+        "/chords Am F", '/sketch "a song.wav" pitch 0.5', "@1:30 fast", "/cfg nan", "last"]
+    err = capsys.readouterr().err
+    assert "column 1: wrong" in err and err.count("cannot be read") >= 4 and "Traceback" not in err
+    assert "next: /bpm 92" in err and "/cfg: text and numbers" in err
+
+
+@pytest.mark.skipif(not shutil.which("oscsend"), reason="no oscsend (Debian: liblo-tools)")
+def test_osc_of_somebody_else():
+    pytest.importorskip("pythonosc", reason="python-osc is not installed")
+    ear = Ear()
+    for message in (["/prompt", "sf", "slow piano", "2"], ["/bpm", "i", "92"], ["/say", "s", "/cfg 2"]):
+        subprocess.run(["oscsend", "127.0.0.1", str(ear.port), *message], check=True)
+    assert ear.heard("/cfg 2") == ["slow piano ~ 2", "/bpm 92", "/cfg 2"]
+
+
+def test_osc_beats():
+    """Every beat once, at its time, whatever the blocks are, and on through a change of tempo."""
+    bars, told, start = 0.0, [], 0.0
+    for bpm, blocks in (120.0, 3), (90.0, 5):               # blocks of 0.7 s
+        for _ in range(blocks):
+            told += [(start + after, beat) for after, beat in osc.beats_of(bars, bpm, 0.7)]
+            bars += 0.7 * bpm / 60 / 4
+            start += 0.7
+    times, numbers = zip(*told)
+    assert list(numbers) == list(range(len(told)))
+    assert np.allclose(np.diff(times)[:4], 0.5) and np.allclose(np.diff(times)[-4:], 60 / 90)
+    pytest.importorskip("pythonosc", reason="python-osc is not installed")
+    from pythonosc.osc_message import OscMessage
+    moment = [0.0]
+    control = SimpleNamespace(block_seconds=3.0, bpm=120, bars=lambda number: 1.5 * number, number=1,
+                              lock=threading.RLock())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ear:
+        ear.bind(("127.0.0.1", 0))
+        ear.settimeout(60)
+        osc.Beats(f"127.0.0.1:{ear.getsockname()[1]}", control, lambda: moment[0])
+        control.number = 2                                  # block 1 is begun, and heard from second 3 on
+        moment[0] = 4.1
+        got = [OscMessage(ear.recv(1000)) for _ in range(3)]
+        ear.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            ear.recv(1000)                                  # the fourth is not heard yet
+    assert [m.address for m in got] == ["/beat"] * 3
+    assert [m.params for m in got] == [[7, 2, 3], [8, 2, 4], [9, 3, 1]]
+    for target in "nowhere", "127.0.0.1:x", "127.0.0.1:70000":
+        with pytest.raises(UserError, match="HOST:PORT"):
+            osc.Beats(target, control, None)
+
+
+class Chromium:
+    """A headless browser that is driven through a pipe, its file descriptors 3 and 4."""
+    def __init__(self, home):
+        pairs = [os.pipe(), os.pipe()]
+        (self.theirs, self.out), (self.into, theirs_out) = (
+            [fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in pair] for pair in pairs)
+        for end in itertools.chain(*pairs):
+            os.close(end)
+        command = ["bash", "-c", f'exec "$@" 3<&{self.theirs} 4>&{theirs_out}', "bash", "chromium",
+                   "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                   "--remote-debugging-pipe", f"--user-data-dir={home}", "about:blank"]
+        self.process = subprocess.Popen(command, pass_fds=(self.theirs, theirs_out),
+                                        stderr=subprocess.DEVNULL)
+        os.close(self.theirs)
+        os.close(theirs_out)
+        self.number = 0
+        self.left = b""
+        self.session = {}
+        targets = self.ask("Target.getTargets", {})["targetInfos"]
+        target = next(target["targetId"] for target in targets if target["type"] == "page")
+        attached = self.ask("Target.attachToTarget", {"targetId": target, "flatten": True})
+        self.session = {"sessionId": attached["sessionId"]}
+
+    def ask(self, method, parameters):
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters, **self.session}
+        os.write(self.out, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.left:
+                assert select.select([self.into], [], [], 120)[0]
+                self.left += os.read(self.into, 2 ** 20)
+            text, _, self.left = self.left.partition(b"\0")
+            reply = json.loads(text)
+            if reply.get("id") == self.number:
+                return reply["result"]
+
+    def run(self, script):
+        reply = self.ask("Runtime.evaluate", {"expression": script, "awaitPromise": True,
+                                              "returnByValue": True, "userGesture": True})
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
+
+    def close(self):
+        self.session = {}
+        self.ask("Browser.close", {})
+        self.process.wait(60)
+        os.close(self.out)
+        os.close(self.into)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+def test_page_in_a_browser(tmp_path):
+    """Samples reach WebAudio; a prompt typed there changes the set; a line that is wrong is shown; stop and
+    start."""
+    with served(silence, lead=1.0) as venue:
+        browser = Chromium(tmp_path)
+        try:
+            browser.ask("Page.navigate", {"url": f"http://localhost:{venue.port}/"})
+            wait_until(lambda: browser.run("document.querySelector('#a')?.value") == "slow piano")
+            browser.run("document.querySelector('#listen').click()")
+            wait_until(lambda: (browser.run("window.playedFrames") or 0) > 44100)
+            browser.run("const a = document.querySelector('#a'); a.value = 'fast'; a.onchange()")
+            wait_until(lambda: browser.run("window.latencies.length") == 1)
+            assert venue.show.control.status()["mix"] == {"fast": 1.0}
+            browser.run("document.querySelector('#line').value = '/nothing'")
+            browser.run("document.querySelector('#typed button').click()")
+            wait_until(lambda: "column 1" in browser.run("document.querySelector('#log').textContent"))
+            browser.run("document.querySelector('#set').click()")
+            wait_until(lambda: venue.show.resting)
+            wait_until(lambda: browser.run("document.querySelector('#set').textContent") == "Start the set")
+            browser.run("document.querySelector('#set').click()")
+            wait_until(lambda: not venue.show.resting)
+        finally:
+            browser.close()
 
 
 # -------------------------------------------------------------------------------- finetune.py
