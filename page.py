@@ -259,8 +259,9 @@ def main():
         note(f"OSC at {own.host}:{osc.serve(lambda line: show.say(line)[0], own.osc, own.host)}")
     if own.osc_beats:
         osc.Beats(own.osc_beats, show.control, show.pace.heard)
-    with contextlib.closing(pieces), first_signal_sets(stopping):
+    with contextlib.closing(pieces), server, first_signal_sets(stopping):
         show.play(pieces, stopping)
+        server.shutdown()
     for line in show.pace.summary():
         note(line)
     if stopping.signal is not None:
