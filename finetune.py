@@ -363,10 +363,9 @@ def main():
                 for optimizer in optimizers:
                     optimizer.param_groups[0]["lr"] = learning_rate(step, args)
                     optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
                 average.update()
                 step += 1
-            for p in trained:
-                p.grad = None
             learning_seconds += time.time() - step_began
             bar.update()
             if step % 10 == 0:
@@ -385,9 +384,8 @@ def main():
                     save_state(model, optimizers, average, step, args, tracks)
             if args.sample_every and step % args.sample_every == 0 and not rank:
                 with average.in_place():
-                    made = render_sample(model, texts, model.sampling["prompt"], args.out, step,
-                                         args.sample_seconds, device, precision)
-                bar.write(made, file=sys.stderr)
+                    bar.write(render_sample(model, texts, model.sampling["prompt"], args.out, step,
+                                            args.sample_seconds, device, precision), file=sys.stderr)
     steps_made = step - first_step
     if not steps_made:
         say(rank, f"nothing is left to do after step {step}: --steps {args.steps}")

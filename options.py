@@ -7,7 +7,8 @@ import sys
 import torch
 
 from common import (PRECISIONS, UserError, finite, fraction, needs_speed, not_negative, positive,
-                    positive_finite, random_seed, step_count, tempo, thread_count, whole_or_zero)
+                    positive_finite, random_seed, step_count, tempo, thread_count, whole,
+                    whole_or_zero)
 from controls import GIVES
 
 SAMPLERS = "euler", "dpmpp", "pingpong"
@@ -34,6 +35,8 @@ def parse(argv=None):
     p.add_argument("--live", action="store_true",
                    help="each line typed while a player plays, a prompt or a /command, holds from the next "
                    "block on (not on Windows)")
+    p.add_argument("--osc", type=whole, metavar="PORT", help="take the same lines as OSC messages over UDP")
+    p.add_argument("--osc-beats", metavar="HOST:PORT", help="send /beat there as OSC when a beat is heard")
     p.add_argument("--forget", type=whole_or_zero, help="blocks of the past to drop when the prompt changes "
                    "(default: all of the context but one)")
     p.add_argument("--no-transitions", action="store_true", help="when the prompt changes, neither read the "
@@ -92,7 +95,7 @@ def check(model, args):
     """UserError for what the arguments ask of a checkpoint, or of this machine, that cannot do it."""
     base = model.stage == "base"
     for option in ("compile", "prime", "no_cache", "schedule", "at", "chords", "sketch", "listen", "realtime",
-                   "save_state", "resume_state"):
+                   "osc", "osc_beats", "save_state", "resume_state"):
         if getattr(args, option) and base:
             raise UserError(f"--{option.replace('_', '-')} is for models that stream; this one makes a clip")
     if model.stage == "autoencoder":

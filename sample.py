@@ -16,6 +16,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
+import osc
 from audio import decode_stream, decoder_margin, encode_file, open_output, pcm     # decode_stream for callers
 from common import (UserError, default_checkpoint, device_of, discard_output, keep_inputs, load,
                     playing_precision, reason_of, regime_of, run, speed, writable)
@@ -550,8 +551,12 @@ def main():
         pieces, plan = clip_pieces(model, args)
     else:
         control = control_of(model, args, pace, stopping, saved)
+        if args.osc is not None:
+            say(f"OSC at 127.0.0.1:{osc.serve(control.say, args.osc)}")
+        if args.osc_beats:
+            osc.Beats(args.osc_beats, control, pace.heard)
         pieces, plan, sound = stream_pieces(model, args, samples, together, control, saved, stopping)
-    if not args.live:                                       # no prompt will follow
+    if not args.live and args.osc is None:                  # no prompt will follow
         forget_t5()
     say(plan + "; type a prompt, or a /command, and press Enter" * args.live)
     target = args.out or "standard output"

@@ -3360,6 +3360,25 @@ def test_osc_of_somebody_else():
     assert ear.heard("/cfg 2") == ["slow piano ~ 2", "/bpm 92", "/cfg 2"]
 
 
+def test_osc_drives_a_stream(tmp_path, tiny_file):
+    """sample.py --osc: a setting, then the end. Messages to a port that is not open yet are lost."""
+    pytest.importorskip("pythonosc", reason="python-osc is not installed")
+    from pythonosc.udp_client import SimpleUDPClient
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = "--seconds", "inf", "--realtime", "0.3", "--osc", port, "--out", "a.wav", "--threads", 1
+    player = subprocess.Popen(list(map(str, [sys.executable, HERE / "sample.py", "--ckpt", tiny_file, *words])),
+                              cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while "OSC at" not in (line := player.stderr.readline()):
+        assert line, "it ended before it listened"
+    for message in ("/steps", 2), ("/stop", []):
+        SimpleUDPClient("127.0.0.1", port).send_message(*message)
+    _, err = player.communicate(timeout=120)
+    assert player.returncode == 0 and "OSC: next: /steps 2" in err and "OSC: next: /stop" in err
+    assert soundfile.info(tmp_path / "a.wav").frames > 0
+
+
 def test_osc_beats():
     """Every beat once, at its time, whatever the blocks are, and on through a change of tempo."""
     bars, told, start = 0.0, [], 0.0
