@@ -88,6 +88,17 @@ def through_autoencoder(model, audio):
     return torch.cat([piece[0].cpu() for piece in pieces], dim=-1)
 
 
+def from_latents(model, track, start, seconds):
+    """The excerpt of a track that begins at this second of its file, decoded from its stored latents: audio
+    (2, n), on the CPU."""
+    c = model.config
+    first = round(start * c.frame_rate) - track.start
+    latents = track.latents[first:first + round(seconds * c.frame_rate)].T.astype(np.float32)
+    latents = torch.from_numpy(latents)[None].to(next(model.parameters()).device)           # (1, C, frames)
+    pieces = decode_stream(model.autoencoder, latents.split(c.block, dim=-1))
+    return torch.cat([piece[0].cpu() for piece in pieces], dim=-1)
+
+
 def by_chance(recordings, reference, count, samples, rate, draws=20):
     """What real music gets where `count` streams are judged by a few seconds of each.
 
@@ -373,7 +384,8 @@ def obey(model, dataset, args):
     """Print how often streams obey held-out prompts in tempo, key, genre and beats.
 
     Beside it: the same of the renders that the prompts describe, through the autoencoder and plain, and of
-    renders judged by the labels of all others."""
+    renders judged by the labels of all others. What comes out of the autoencoder is compared with renders
+    that went through it, too: its own colour is no genre."""
     c = model.config
     folder = Path(args.data)
     seconds = args.seconds or 15
@@ -386,7 +398,8 @@ def obey(model, dataset, args):
     asked = [labels[track.name] for track in tracks]
     excerpts = [middle(folder, track, c, seconds) for track in tracks]
     renders = [hear(audio, c.sample_rate) for audio, _ in excerpts]
-    decoded = [hear(through_autoencoder(model, audio), c.sample_rate) for audio, _ in excerpts]
+    decoded = [hear(from_latents(model, track, start, seconds), c.sample_rate)
+               for track, (_, start) in zip(tracks, excerpts)]
     prompts = [known_words(model, track.prompt) for track in tracks]
     beat = beats_of(asked, args.seeds, c) if args.beats else None
     streamed = make_streams(model, prompts, seconds, args, beat)
@@ -394,27 +407,31 @@ def obey(model, dataset, args):
 
     more = [track for track in labelled if track not in tracks]
     more += [track for track in spread(dataset.train, args.excerpts) if track.name in labels]
-    features_of_more = [genre_features(middle(folder, track, c, seconds)[0], c.sample_rate) for track in more]
-    references = torch.stack([heard["features"] for heard in renders] + features_of_more)
+    plain, coded = ([heard["features"] for heard in sounds] for sounds in (renders, decoded))
+    for track in more:
+        audio, start = middle(folder, track, c, seconds)
+        plain.append(genre_features(audio, c.sample_rate))
+        coded.append(genre_features(from_latents(model, track, start, seconds), c.sample_rate))
+    plain, coded = torch.stack(plain), torch.stack(coded)
     genres = [row["genre"] for row in asked] + [labels[track.name]["genre"] for track in more]
 
     once = range(len(tracks))
     turns = [seed % len(tracks) for seed in range(args.seeds)]      # the piece whose prompt each stream got
     firsts = [row["first_beat"] - start for row, (_, start) in zip(asked, excerpts)]
 
-    def judged(sounds, pieces, firsts):
+    def judged(sounds, pieces, firsts, references):
         found = genre_of_each(sounds, pieces, references, genres)
         return [obedience(heard, asked[piece], genre, first)
                 for heard, piece, genre, first in zip(sounds, pieces, found, firsts)]
 
-    found = genre_of_each(renders, once, references, genres)
+    found = genre_of_each(renders, once, plain, genres)
     print_obedience({
-        "streams": judged(streams, turns, [0] * len(turns)),
-        "decoded": judged(decoded, once, firsts),
-        "renders": judged(renders, once, firsts),
+        "streams": judged(streams, turns, [0] * len(turns), coded),
+        "decoded": judged(decoded, once, firsts, coded),
+        "renders": judged(renders, once, firsts, plain),
         "others'": [obedience(renders[i], asked[j], found[i], firsts[j])
                     for i in once for j in once if i != j],
-    }, len(references))
+    }, len(plain))
 
 
 def print_obedience(columns, references):
@@ -429,7 +446,8 @@ def print_obedience(columns, references):
             cells.append(f"{100 * mean_of(right):9.0f}" if right else " " * 9)
         judged = sum(row in figures for figures in columns["streams"])
         print(f"{row:24} {' '.join(cells)}   ({judged} streams)")
-    print(f"genre: nearest centroid of {references} renders, without the piece itself\n"
+    print(f"genre: nearest centroid of {references} renders, without the piece itself; of decoded ones for "
+          "streams and decoded\n"
           f"beats: of those with an onset within {NEAR_BEAT} ms, those that have it within {BEAT_ERROR} ms; "
           "with drums only, like tempo\n"
           "others': renders judged by the labels of all other pieces: what a player gets who does not listen")

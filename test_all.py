@@ -5209,7 +5209,8 @@ def test_obedience_of_players_that_are_known(tmp_path, monkeypatch, capsys):
               for side, numbers in (("validation", range(3)), ("train", range(3, 8))) for i in numbers]
     dataset = SimpleNamespace(train=tracks[3:], validation=tracks[:3])
     renders = [measure.middle(folder, track, TINY, 8)[0] for track in tracks]
-    monkeypatch.setattr(measure, "through_autoencoder", lambda model, audio: audio)
+    excerpt = lambda model, track, start, seconds: measure.middle(folder, track, TINY, seconds)[0]
+    monkeypatch.setattr(measure, "from_latents", excerpt)
     args = SimpleNamespace(data=folder, seconds=8, seeds=3, excerpts=10, beats=False)
 
     def table(played):
@@ -5226,6 +5227,23 @@ def test_obedience_of_players_that_are_known(tmp_path, monkeypatch, capsys):
     assert ignored["key", "streams"] == ignored["key or its relative", "streams"] == 0
     assert ignored["genre", "streams"] == 0 and ignored["tempo", "streams"] == 0
     assert ignored["key", "renders"] == 100
+
+
+def test_an_excerpt_from_stored_latents(tmp_path):
+    """It is the same stretch of music as `middle` reads from the file."""
+    folder = labelled_folder(tmp_path)
+    model = tiny()
+    track = data.prepare(folder, model, tmp_path / "latents", quiet=True).validation[0]
+    track = track._replace(start=30)
+    audio, start = measure.middle(folder, track, TINY, 2)
+    made = measure.from_latents(model, track, start, 2)
+    expected = model.autoencoder.decode(audio_io.encode_file(model, folder / track.name)[None])[0]
+    first = round(start * 44100)
+    reach = audio_io.decoder_margin(TINY) * TINY.hop
+    assert abs(made.shape[1] - 2 * 44100) < TINY.hop
+    inner = slice(reach, made.shape[1] - reach)
+    first = round(first / TINY.hop) * TINY.hop
+    assert (made - expected[:, first:first + made.shape[1]])[:, inner].abs().max() < 2e-3
 
 
 def test_streams_told_the_beats_of_their_labels():
