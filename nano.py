@@ -529,10 +529,12 @@ def commands(sizes, folder, music):
     """The recipe: what is run one after the other, each a script of this repository and its options.
 
     folder: for everything that is made; music: folders of further recordings for the autoencoder."""
+    begun = Path(folder, "dit.pt").exists()
+    folder = shlex.quote(folder)
     pieces, notes = f"{folder}/band", f"{folder}/notes"
     codec, decoder, dit = (f"{folder}/{name}.pt" for name in ("codec", "decoder", "dit"))
-    sounds = " ".join(map(shlex.quote, [pieces, notes, *music]))
-    resume = "--resume" if Path(dit).exists() else f"--init {codec}"
+    sounds = " ".join([pieces, notes, *map(shlex.quote, music)])
+    resume = "--resume" if begun else f"--init {codec}"
     return [f"band.py {pieces} --keys few --hours {sizes.hours}",
             f"band.py {notes} --kind notes --hours {sizes.note_hours}",
             f"nano.py autoencoder --encoder --data {sounds} --out {codec} {sizes.autoencoder}",

@@ -4822,6 +4822,25 @@ def test_plan_holds_prompts_out_and_is_the_same_again(tmp_path):
     assert not {row["file_name"] for row in rows} & {row["file_name"] for _, _, row in band.plan(args)}
 
 
+@pytest.mark.parametrize("sizes", [nano.FULL, nano.QUICK])
+def test_the_recipe_is_made_of_commands_that_the_scripts_understand(sizes, tmp_path, monkeypatch):
+    """Each with its stage, in the order in which one needs the other; a folder with a space in its name, and
+    a DiT that was begun, is gone on with."""
+    folder = str(tmp_path / "my nano")
+    lines = [shlex.split(line) for line in nano.commands(sizes, folder, ["my music"])]
+    assert [line[0] for line in lines] == ["band.py", "band.py", "nano.py", "finetune.py", "nano.py", "nano.py"]
+    codec, dit, decoder, pack = lines[2:]
+    codec, decoder, pack = (nano.parser().parse_args(line[1:]) for line in (codec, decoder, pack))
+    dit = finetune.parser().parse_args(dit[1:])
+    assert codec.data == [f"{folder}/band", f"{folder}/notes", "my music"] == decoder.data
+    assert dit.init == codec.out == decoder.init and pack.ckpt == dit.out and pack.autoencoder == decoder.out
+    assert codec.encoder and not decoder.encoder and not dit.resume
+    Path(dit.out).parent.mkdir()
+    Path(dit.out).touch()
+    resumed = finetune.parser().parse_args(shlex.split(nano.commands(sizes, folder, [])[3])[1:])
+    assert resumed.resume and resumed.out == dit.out
+
+
 def test_band_names_what_is_wrong(tmp_path, monkeypatch):
     def main(*words):
         monkeypatch.setattr(sys, "argv", ["band.py", str(tmp_path / "out"), *words])
