@@ -33,7 +33,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from common import UserError, positive_finite, random_seed, run, whole, writable, write_whole
+from common import (UserError, leave_signals, positive_finite, random_seed, run, whole, writable,
+                    write_whole)
 from model import PRESETS
 
 HOP = PRESETS["nano"].hop                                   # samples a latent frame
@@ -634,7 +635,7 @@ def main():
         writer.writeheader()
         writer.writerows(row for _, _, row in planned)
     jobs = [(args, side, index) for side, index, row in planned if not (out / row["file_name"]).exists()]
-    with Pool(args.workers) as pool:
+    with Pool(args.workers, leave_signals) as pool:
         for _ in tqdm(pool.imap_unordered(write_piece, jobs), total=len(jobs), unit="piece"):
             pass
     print(f"{len(planned)} pieces in {out}, {len(jobs)} of them new", file=sys.stderr)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from common import UserError
+from common import UserError, leave_signals
 from library import split
 from model import PRESETS
 
@@ -98,7 +98,8 @@ def sample_notes(program, soundfont):
     return {pitch: note[:1 + note.any(1).nonzero()[0].max(initial=0)] for pitch, note in notes.items()}
 
 
-def share_notes(notes):                                     # what each worker starts with
+def start_worker(notes):
+    leave_signals()
     NOTES.update(notes)
 
 
@@ -155,7 +156,7 @@ def make_data(args):
                  for performance in range(1 if side == "validation" else args.performances)]
     started, rows = time.time(), []
     notes = {name: sample_notes(program, args.soundfont) for name, program in INSTRUMENTS.items()}
-    with Pool(args.workers, share_notes, (notes,)) as pool:
+    with Pool(args.workers, start_worker, (notes,)) as pool:
         for row in pool.imap(render, jobs):
             if row:
                 rows.append(row)

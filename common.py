@@ -446,6 +446,19 @@ def stop(number, frame):
     raise KeyboardInterrupt(number)
 
 
+def check_values():
+    """UserError for an option with the value --, which argparse takes for no value at all and passes on."""
+    for argument in sys.argv[1:]:
+        if re.fullmatch("--[^=]+=--", argument):
+            raise UserError(f"{argument} names no value")
+
+
+def leave_signals():
+    """In a worker of a Pool: Ctrl-C, which reaches it too, is for the script, and that ends its workers."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+
+
 def run(main):
     """Run a script's main(). A UserError, or the system's (a full disk), is one line and status 2; a closed
     pipe is no error; Ctrl-C is status 130, SIGTERM 143."""
@@ -458,6 +471,7 @@ def run(main):
     for number in taken:
         signal.signal(number, stop)
     try:
+        check_values()
         main()
         if sys.stdout:
             sys.stdout.flush()

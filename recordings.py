@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from common import UserError
 
-PIECE = 5                                                   # seconds of audio held and encoded at once
+PIECE = 5                                                   # seconds of audio held and encoded at once,
+LARGEST_PIECE = 2 ** 20                                     # but of many channels no more than these samples
 TOLERANCE = 0.25                                            # seconds: headers promise a little too much
 LOUDEST = 2.0                                               # times full scale: what mixes in float may reach
 
@@ -35,7 +36,7 @@ class CannotRead(Exception):
 
 
 class Recording(NamedTuple):
-    """An open audio file. pieces: float32 arrays (n, channels) at `rate`, at most PIECE seconds each."""
+    """An open audio file. pieces: float32 arrays (n, channels) at `rate`, see `frames_of_piece`."""
     rate: int
     speakers: list                                          # what each channel is made for, a key of SIDES
     pieces: Iterator
@@ -158,11 +159,17 @@ def through_sndfile(file):
     return Recording(f.samplerate, sndfile_speakers(f), sndfile_pieces(f))
 
 
+def frames_of_piece(rate, channels):
+    """How much is read at once."""
+    return max(1, min(PIECE * rate, LARGEST_PIECE // channels))
+
+
 def sndfile_pieces(f):
     done = 0
+    frames = frames_of_piece(f.samplerate, f.channels)
     with f:
         try:
-            while len(piece := f.read(PIECE * f.samplerate, dtype="float32", always_2d=True)):
+            while len(piece := f.read(frames, dtype="float32", always_2d=True)):
                 done += len(piece)
                 yield piece
         except soundfile.SoundFileError as error:
@@ -212,8 +219,9 @@ def wav_header(stream):
 
 def ffmpeg_pieces(process, complaints, rate, channels, strict):
     frame = 4 * channels                                    # bytes
+    size = frames_of_piece(rate, channels) * frame
     try:
-        while raw := process.stdout.read(PIECE * rate * frame):
+        while raw := process.stdout.read(size):
             yield np.frombuffer(raw[:len(raw) // frame * frame], "<f4").reshape(-1, channels)
         check_ffmpeg(process, complaints, strict)
     finally:                                                # the caller may have gone before the end

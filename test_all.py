@@ -903,6 +903,12 @@ def test_what_cannot_be_printed_or_written(tmp_path):
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
 
 
+@pytest.mark.parametrize("module", [sample, finetune, arc_forcing, data, nano, band, measure, bench, port])
+def test_two_dashes_are_no_value(module, call):
+    """argparse takes `--out=--` for an empty list: a traceback later, or the default without a word."""
+    assert call(module.main, "x", "--out=--") == (2, "error: --out=-- names no value\n")
+
+
 def test_numbers_of_the_command_line():
     kinds = dict(positive=["inf", "1e-3", "1e300"], finite=["-1", "0", "1e9"],
                  whole=["1", "1_000", "1000000000"], positive_finite=["1e-9"],
@@ -3798,6 +3804,7 @@ DAMAGED_LOGS = {
     "floats": ("step,loss,validation,lr,seconds\n0.0,,3.25,,\n1.0,2.5,3.125,0.001,0.5\n", [0, 1], 0),
     "zeros": ("step,loss,validation,lr,seconds\n0,,3.25,,\n\0\0\0\0\0", [0], 1),
     "cut": ("step,loss,validation,lr,seconds\n0,,3.25,,\nthere was a row", [0], 1),
+    "cut in its step, 12": ("step,loss,validation,lr,seconds\n0,,3.25,,\n1", [0], 1),
     "dates": ("step,loss,validation,lr,seconds\n0,,3. Mrz 25,,\n1,2.5,3.125,0.001,0.5\n", [1], 1),
     "another table": ("name,price\na,1\nb,2\n", [], 2),
     "empty": ("", [], 0)}
@@ -3833,6 +3840,52 @@ def test_a_log_on_a_full_disk_and_a_sample_that_cannot_be_written(tiny_file, mus
     status, err = call(finetune.main, *args, "--sample-every", 1, "--out", "b.pt")
     assert status == 0 and "warning: no sample, samples/b_1.wav cannot be written" in err
     assert (tmp_path / "b.pt").exists()
+
+
+def test_a_run_killed_between_two_renames_loses_no_log(tiny_file, music, tmp_path, call, monkeypatch):
+    """The next run still sees that there was one before it."""
+    args = ["--init", tiny_file, "--data", music, *TRAIN, "--steps", 1]
+    assert call(finetune.main, *args)[0] == 0
+    log = (tmp_path / "out" / "finetune.csv").read_bytes()
+    rename, count = Path.rename, itertools.count(1)
+
+    def rename_one(path, target):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        rename(path, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_one)
+        assert call(finetune.main, *args)[0] == 130
+    assert call(finetune.main, *args, "--seed", 1)[0] == 0
+    assert log in [path.read_bytes() for path in (tmp_path / "out").glob("*.csv")]
+    assert len([*(tmp_path / "out").glob("*.pt")]) == 2
+
+
+@pytest.mark.parametrize("exchange", [0, 1])
+@pytest.mark.parametrize("when", ["before", "within"])
+def test_a_signal_while_weights_and_average_change_places(when, exchange, monkeypatch):
+    """What is saved afterwards has the average for its weights, and training goes on with the last ones."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    average = training.Average([weight], keep=0.5)
+    weight.data.fill_(1)
+    count = itertools.count()
+
+    @contextlib.contextmanager
+    def hit_by_a_signal():
+        hit = next(count) == exchange
+        if hit and when == "before":
+            signal.raise_signal(signal.SIGINT)
+        with common.uninterrupted():
+            if hit and when == "within":
+                signal.raise_signal(signal.SIGINT)
+            yield
+    monkeypatch.setattr(training, "uninterrupted", hit_by_a_signal)
+    with pytest.raises(KeyboardInterrupt):
+        with average.in_place():
+            pass
+    with average.in_place() as last:
+        assert weight.tolist() == [0, 0] and last[0].tolist() == [1, 1]
+    assert weight.tolist() == [1, 1] and average.values[0].tolist() == [0, 0]
 
 
 def interrupted(monkeypatch, module, number):
@@ -4898,6 +4951,30 @@ def test_the_room_is_a_convolution():
     expected = np.stack([np.convolve(audio[:, i], response[:, i])[:len(audio)] for i in (0, 1)], 1)
     np.testing.assert_allclose(band.convolve(audio, response), expected, atol=1e-4)
     np.testing.assert_allclose(np.square(band.room_response(0.4)).sum(0), 1, rtol=1e-4)
+
+
+def test_workers_say_nothing_on_ctrl_c(tmp_path):
+    """A terminal sends it to all processes at once; only the script itself answers."""
+    lines = """
+import sys, time
+from multiprocessing import Pool
+import chorales, common
+def main():
+    with Pool(2, *WORKER) as pool:
+        for name in pool.imap(chorales.NOTES.get, "ab"):
+            print(name, flush=True)
+        pool.map(time.sleep, [60, 60])
+common.run(main)
+"""
+    for worker in "[common.leave_signals]", "[chorales.start_worker, [dict(a=1, b=2)]]":
+        code = lines.replace("*WORKER", f"*{worker}")
+        for number in signal.SIGINT, signal.SIGTERM:
+            process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE,
+                                       stderr=subprocess.PIPE, text=True, start_new_session=True)
+            for _ in range(2):                              # both work
+                process.stdout.readline()
+            os.killpg(process.pid, number)
+            assert (process.communicate()[1], process.returncode) == ("", 128 + number)
 
 
 def test_a_run_goes_on_where_it_stopped(soundfont, tmp_path, monkeypatch):

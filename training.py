@@ -176,6 +176,8 @@ def read_log(path, columns):
     except csv.Error:
         return [], len(lines)
     for values in cells:
+        if len(values) < len(names):                        # a full disk takes the beginning of a row
+            continue
         if separator != ",":
             values = [value.replace(",", ".") for value in values]
         row = {name: "" for name in columns} | {k: v for k, v in zip(names, values) if k in columns}
@@ -211,7 +213,7 @@ def set_aside(*paths):
             kept.append(path.with_name(path.name.removesuffix(ending) + mark + ending))
         if not any(map(os.path.lexists, kept)):
             break
-    for path, new in zip(paths, kept):
+    for path, new in reversed([*zip(paths, kept)]):         # the checkpoint, by which a run is noticed, last
         path.rename(new)
     return kept
 
@@ -343,6 +345,7 @@ class Average:
         self.keep = keep
         self.steps = 0
         self.values = [p.detach().clone() for p in parameters] if keep else []
+        self.in_model = False                               # has the model the average for its weights?
 
     @torch.no_grad()
     def update(self):
@@ -356,27 +359,33 @@ class Average:
     def in_place(self):
         """Inside, the model has the average for its weights. Gives the last ones, a list, empty without an
         average."""
-        self.exchange()
         try:
+            self.exchange(True)
             yield self.values
         finally:
-            self.exchange()
+            self.exchange(False)
 
     @torch.no_grad()
-    def exchange(self):
+    def exchange(self, in_model):
+        """Give the model the average (True) or its last weights (False).
+
+        Nothing is done where it has them already: Ctrl-C may have come before the exchange, or after it."""
         with uninterrupted():
+            if self.in_model == in_model:
+                return
             for p, value in zip(self.parameters, self.values):
                 kept = p.clone()
                 p.copy_(value)
                 value.copy_(kept)
+            self.in_model = in_model
 
     def restore(self, last, steps):
         """Of a run that goes on: the model holds the average, `last` the weights to train on, if any."""
         self.steps = steps
+        self.in_model = bool(last)
         for value, weight in zip(self.values, last or []):
             value.copy_(weight)
-        if last:
-            self.exchange()
+        self.exchange(False)
 
 
 def clip_gradients(parameters, most):
