@@ -89,10 +89,12 @@ def sample_notes(program, soundfont):
     with tempfile.TemporaryDirectory() as tmp:
         midi, wav = f"{tmp}/a.mid", f"{tmp}/a.wav"
         write_midi(midi, program)
-        subprocess.run(["fluidsynth", "-ni", "-q", "-r", str(RATE), "-g", "0.8", "-R", "0", "-C", "0", "-F",
-                        wav, "-T", "wav", soundfont, midi], check=True, stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL)
-        audio = soundfile.read(wav, dtype="int16", always_2d=True)[0]
+        done = subprocess.run(["fluidsynth", "-ni", "-q", "-r", str(RATE), "-g", "0.8", "-R", "0", "-C", "0",
+                               "-F", wav, "-T", "wav", soundfont, midi], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)
+        audio = np.zeros((0, 2)) if done.returncode else soundfile.read(wav, dtype="int16", always_2d=True)[0]
+        if not audio.any():
+            raise UserError(f"fluidsynth makes no sound with {soundfont}: is it a soundfont?")
     n = NOTE_SECONDS * RATE
     notes = {pitch: audio[i * n:(i + 1) * n - RATE // 20] for i, pitch in enumerate(PITCHES)}
     return {pitch: note[:1 + note.any(1).nonzero()[0].max(initial=0)] for pitch, note in notes.items()}

@@ -459,6 +459,10 @@ def leave_signals():
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
 
 
+def is_out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def run(main):
     """Run a script's main(). A UserError, or the system's (a full disk), is one line and status 2; a closed
     pipe is no error; Ctrl-C is status 130, SIGTERM 143."""
@@ -481,6 +485,10 @@ def run(main):
         discard_output()
     except OSError as error:
         fail(f"{error.filename}: {reason_of(error)}" if error.filename else reason_of(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fail(f"out of memory: {reason_of(error)}")
     except KeyboardInterrupt as interrupt:
         sys.exit(128 + (interrupt.args or [signal.SIGINT])[0])
     finally:
