@@ -455,8 +455,10 @@ def check_values():
 
 def leave_signals():
     """In a worker of a Pool: Ctrl-C, which reaches it too, is for the script, and that ends its workers."""
+    def leave(number, frame):
+        sys.exit(128 + number)                              # killed, it would keep the queue locked
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+        signal.signal(number, leave if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 def is_out_of_memory(error):

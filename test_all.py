@@ -4957,30 +4957,29 @@ def test_the_room_is_a_convolution():
     np.testing.assert_allclose(np.square(band.room_response(0.4)).sum(0), 1, rtol=1e-4)
 
 
-def test_workers_say_nothing_on_ctrl_c(tmp_path):
+@pytest.mark.parametrize("number, worker", [(signal.SIGTERM, "common.leave_signals"),
+                                            (signal.SIGINT, "chorales.start_worker, [dict(a=1, b=2)]")])
+def test_workers_say_nothing_on_ctrl_c(number, worker):
     """A terminal sends it to all processes at once; only the script itself answers."""
-    lines = """
-import sys, time
+    code = f"""
+import time
 from multiprocessing import Pool
 import chorales, common
 def main():
-    with Pool(2, *WORKER) as pool:
+    with Pool(2, {worker}) as pool:
         for name in pool.imap(chorales.NOTES.get, "ab"):
             print(name, flush=True)
         pool.map(time.sleep, [60, 60])
 common.run(main)
 """
-    for worker in "[common.leave_signals]", "[chorales.start_worker, [dict(a=1, b=2)]]":
-        code = lines.replace("*WORKER", f"*{worker}")
-        for number in signal.SIGINT, signal.SIGTERM:
-            process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE,
-                                       stderr=subprocess.PIPE, text=True, start_new_session=True,
-                                       # a shell may have it ignored
-                                       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-            for _ in range(2):                              # both work
-                process.stdout.readline()
-            os.killpg(process.pid, number)
-            assert (process.communicate()[1], process.returncode) == ("", 128 + number)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               # a shell may have it ignored
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    for _ in range(2):                                      # both work
+        process.stdout.readline()
+    os.killpg(process.pid, number)
+    assert (process.communicate()[1], process.returncode) == ("", 128 + number)
 
 
 def test_a_run_goes_on_where_it_stopped(soundfont, tmp_path, monkeypatch):
