@@ -31,6 +31,7 @@ AUDIO |= set(".voc .ra .rm .ogx .ogv".split())                       # from .m4a
 BESIDE = set(".jpg .jpeg .png .gif .webp .bmp .pdf .m3u .m3u8 .pls .cue .log .npy .pt .json .db .ini".split())
 METADATA = "metadata.csv", "metadata.jsonl", "metadata.json"
 HELD_OUT = {"validation", "valid", "val", "dev", "test", "eval"}    # names of folders, by convention
+LARGEST_CAPTION = 2 ** 22                                   # bytes; a longer text is about something else
 
 
 # -------------------------------------------------------------------------------- finding files
@@ -318,6 +319,8 @@ def caption_from_json(value):
 def read_caption(file, name, notes):
     """The text of a caption file, "" where it holds none that can be understood, which goes to `notes`."""
     try:
+        if os.path.getsize(file) > LARGEST_CAPTION:
+            raise ValueError(f"longer than {LARGEST_CAPTION} bytes")
         text = decode_text(file.read_bytes(), name, notes)
         return caption_from_json(json.loads(text)) if file.suffix == ".json" else as_text(text)
     except (OSError, ValueError, RecursionError) as error:

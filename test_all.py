@@ -903,6 +903,13 @@ def test_what_cannot_be_printed_or_written(tmp_path):
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
 
 
+def test_out_of_memory_is_one_line(call):
+    def main():
+        torch.empty(2 ** 50)
+    status, err = call(main)
+    assert status == 2 and err.startswith("error: out of memory: ") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("module", [sample, finetune, arc_forcing, data, nano, band, measure, bench, port])
 def test_two_dashes_are_no_value(module, call):
     """argparse takes `--out=--` for an empty list: a traceback later, or the default without a word."""
@@ -1360,13 +1367,32 @@ def test_resampling_in_pieces_is_resampling_whole(rate):
         assert y.shape == whole.shape and (y - whole).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("by_ffmpeg", [False, True])
+def test_many_channels_are_read_in_small_pieces(by_ffmpeg, tmp_path):
+    """Five seconds of 255 channels would be gigabytes at a high rate."""
+    if by_ffmpeg and shutil.which("ffmpeg") is None:
+        pytest.skip("no ffmpeg")
+    soundfile.write(tmp_path / "a.wav", np.full((30000, 64), 0.25, np.float32), 44100, subtype="FLOAT")
+    pieces = [*recordings.open_recording(tmp_path / "a.wav", by_ffmpeg, recordings.Length(1.0)).pieces]
+    assert len(pieces) > 1 and max(piece.size for piece in pieces) <= 2 ** 20
+    assert sum(map(len, pieces)) == 30000
+
+
+def test_a_giant_text_is_no_caption(tmp_path):
+    notes = []
+    for name in "a.txt", "a.json":
+        (tmp_path / name).write_bytes(b'"' + b"word " * 2 ** 20 + b'"')
+        assert library.read_caption(tmp_path / name, name, notes) == "" and "longer than" in notes.pop()
+
+
 def test_odd_rate_needs_no_giant_filter(monkeypatch):
     real = torchaudio.transforms.Resample
     monkeypatch.setattr(torchaudio.transforms, "Resample", lambda p,
-                        q: real(p, q) if max(p, q) < 2000 else pytest.fail("giant filter"))
-    x = torch.from_numpy(notes(1, 47999).T.copy())
-    y = torch.cat(list(recordings.resampled([x], 47999, 44100)), dim=1)
-    assert abs(y.shape[1] - 44100) < 5
+                        q: real(p, q) if p * q < 2e6 else pytest.fail("giant filter"))
+    for rate in 47999, 383999:
+        x = torch.from_numpy(notes(1, rate).T.copy())
+        y = torch.cat(list(recordings.resampled([x], rate, 44100)), dim=1)
+        assert abs(y.shape[1] - 44100) < 5
 
 
 def test_channels(tmp_path):
