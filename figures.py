@@ -120,9 +120,14 @@ def seams(audio, block_samples, box=882):
     """Energy and spectral flux of audio (2, n) at the boundaries of blocks, each divided by that elsewhere.
 
     Energy is that of `box` samples (20 ms at 44.1 kHz) around a place, flux the mean rise in dB a bin to it
-    from the box before. Elsewhere is 31 places in each block, evenly spaced."""
+    from the box before. Elsewhere is 31 places in each block, evenly spaced. nan for less than two blocks."""
     mid = audio.mean(0)
-    boundaries = torch.arange(block_samples, len(mid) - block_samples, block_samples)
+    # boxes of small blocks reach beyond the ends
+    first = -(-2 * box // block_samples) * block_samples
+    last = len(mid) - block_samples - max(0, box // 2 - block_samples // 32)
+    if first >= last:
+        return math.nan, math.nan
+    boundaries = torch.arange(first, last, block_samples)
     places = boundaries[:, None] + torch.arange(32) * block_samples // 32                   # (boundaries, 32)
     samples = places[..., None] - box // 2 + torch.arange(box)                         # (boundaries, 32, box)
     energy = mid[samples].square().mean((0, 2))                                             # (32,)

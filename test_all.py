@@ -5207,6 +5207,15 @@ def test_beats_against_the_grid():
     assert figures.on_the_grid(figures.offsets_of(times, 1.0, 0.0, length)) == 0.5
 
 
+def test_seams_of_small_blocks_and_short_streams():
+    noise = torch.randn(2, 60000)
+    for block in 192, 1024, 12288:
+        for samples in range(3 * block + 2000, 4 * block + 2000, 1 + block // 30):
+            energy, flux = figures.seams(noise[:, :samples], block)
+            assert 0.3 < energy < 3 and 0.3 < flux < 3
+    assert all(map(math.isnan, figures.seams(noise[:, :40000], 49152)))
+
+
 def test_seams():
     block = 20000
     noise = 0.1 * torch.randn(2, 60 * block, generator=torch.Generator().manual_seed(0))
