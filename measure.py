@@ -13,6 +13,7 @@ import csv
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -23,10 +24,11 @@ import data
 from audio import decode_stream, decoder_margin, encode_chunks, pcm
 from common import (PRECISIONS, UserError, check_streams, default_checkpoint, device_of, finite, load,
                     playing_precision, run, speed, step_count, thread_count, whole, writable)
-from controls import steady_beat
-from figures import (BEAT_ERROR, brightness, chroma_change, features, frechet, genre_features, HOP,
-                     key_obeyed, key_of, level, log_mel, NEAR_BEAT, nearest_genre, offsets_of, on_the_grid,
-                     onset_times, onsets_per_second, scale_of, seams, tempo_obeyed, tempo_of, width)
+from controls import Given, steady_beat
+from figures import (BEAT_ERROR, HOP, NEAR_BEAT, brightness, chroma_change, chroma_correlation, features,
+                     frechet, genre_features, key_obeyed, key_of, level, log_mel, nearest_genre, offsets_of,
+                     on_the_grid, onset_times, onsets_per_second, scale_of, seams, tempo_obeyed, tempo_of,
+                     width)
 from recordings import read_audio
 from sample import SAMPLERS, known_words, sampling_settings, stream
 
@@ -56,16 +58,16 @@ def read_split(folder, dataset, config, seconds, most):
             for tracks in (dataset.train, dataset.validation)]
 
 
-def make_streams(model, prompts, seconds, args, beat=None):
+def make_streams(model, prompts, seconds, args, beat=None, sketch=None):
     """One stream for each seed, prompts in turn, all at once: audio (2, n) and latents (C, T) of each.
 
-    beat: see `stream`."""
+    beat, sketch: see `stream`."""
     c = model.config
     seeds = range(args.seeds)
     cond = model.conditioner([prompts[seed % len(prompts)] for seed in seeds], **c.stream_numbers)
     blocks = math.ceil((seconds * c.frame_rate + decoder_margin(c)) / c.block)
     made = stream(model, cond, blocks=blocks, steps=args.steps, sampler=args.sampler, cfg=args.cfg,
-                  seed=seeds, beat=beat)
+                  seed=seeds, beat=beat, sketch=sketch)
     progress = tqdm(made, desc="blocks", total=blocks, file=sys.stderr, disable=None)
     latents = torch.cat(list(progress), dim=-1)
     out = []
@@ -88,13 +90,18 @@ def through_autoencoder(model, audio):
     return torch.cat([piece[0].cpu() for piece in pieces], dim=-1)
 
 
+def latents_of(track, start, seconds, config):
+    """The stored latents (channels, frames) of a track's excerpt that begins at this second of its file."""
+    first = round(start * config.frame_rate) - track.start
+    frames = track.latents[first:first + round(seconds * config.frame_rate)]
+    return torch.from_numpy(frames.T.astype(np.float32))
+
+
 def from_latents(model, track, start, seconds):
     """The excerpt of a track that begins at this second of its file, decoded from its stored latents: audio
     (2, n), on the CPU."""
     c = model.config
-    first = round(start * c.frame_rate) - track.start
-    latents = track.latents[first:first + round(seconds * c.frame_rate)].T.astype(np.float32)
-    latents = torch.from_numpy(latents)[None].to(next(model.parameters()).device)           # (1, C, frames)
+    latents = latents_of(track, start, seconds, c)[None].to(next(model.parameters()).device)
     pieces = decode_stream(model.autoencoder, latents.split(c.block, dim=-1))
     return torch.cat([piece[0].cpu() for piece in pieces], dim=-1)
 
@@ -380,49 +387,71 @@ def beats_of(asked, count, config):
     return lambda number: torch.tensor([beat(number) for beat in beats]).double().T
 
 
-def obey(model, dataset, args):
-    """Print how often streams obey held-out prompts in tempo, key, genre and beats.
+class Pieces(NamedTuple):
+    """Held-out pieces and their labels, and what shows what genres are like."""
+    tracks: list
+    asked: list                                             # rows of labels
+    excerpts: list                                          # of (audio (2, n), its start in s)
+    more: list                                              # of (track, audio, start), for genres alone
+    genres: list                                            # of tracks, then of more
 
-    Beside it: the same of the renders that the prompts describe, through the autoencoder and plain, and of
-    renders judged by the labels of all others. What comes out of the autoencoder is compared with renders
-    that went through it, too: its own colour is no genre."""
-    c = model.config
+
+def labelled_pieces(dataset, args, config, seconds):
+    """Pieces, one for each stream, if there are so many. Raises UserError."""
     folder = Path(args.data)
-    seconds = args.seconds or 15
     labels = read_labels(folder)
     labelled = [track for track in dataset.validation if track.name in labels]
     if not labelled:
         raise UserError(f"{folder}/metadata.csv: no labels for {dataset.validation[0].name} and others held "
                         "out")
     tracks = spread(labelled, args.seeds)
-    asked = [labels[track.name] for track in tracks]
-    excerpts = [middle(folder, track, c, seconds) for track in tracks]
-    renders = [hear(audio, c.sample_rate) for audio, _ in excerpts]
+    others = [track for track in labelled if track not in tracks]
+    others += [track for track in spread(dataset.train, args.excerpts) if track.name in labels]
+    more = [(track, *middle(folder, track, config, seconds)) for track in others]
+    return Pieces(tracks, [labels[track.name] for track in tracks],
+                  [middle(folder, track, config, seconds) for track in tracks], more,
+                  [labels[track.name]["genre"] for track in (*tracks, *others)])
+
+
+def decoded_features(model, pieces, decoded, seconds):
+    """Genre features of all pieces after the autoencoder (pieces, d): its own colour is no genre.
+
+    decoded: what was heard (`hear`) of the first of them."""
+    rate = model.config.sample_rate
+    features = [heard["features"] for heard in decoded]
+    features += [genre_features(from_latents(model, track, start, seconds), rate)
+                 for track, _, start in pieces.more]
+    return torch.stack(features)
+
+
+def obey(model, dataset, args):
+    """Print how often streams obey held-out prompts in tempo, key, genre and beats.
+
+    Beside it: the same of the renders that the prompts describe, through the autoencoder and plain, and of
+    renders judged by the labels of all others."""
+    c = model.config
+    seconds = args.seconds or 15
+    pieces = labelled_pieces(dataset, args, c, seconds)
+    tracks, asked, genres = pieces.tracks, pieces.asked, pieces.genres
+    renders = [hear(audio, c.sample_rate) for audio, _ in pieces.excerpts]
     decoded = [hear(from_latents(model, track, start, seconds), c.sample_rate)
-               for track, (_, start) in zip(tracks, excerpts)]
+               for track, (_, start) in zip(tracks, pieces.excerpts)]
     prompts = [known_words(model, track.prompt) for track in tracks]
     beat = beats_of(asked, args.seeds, c) if args.beats else None
     streamed = make_streams(model, prompts, seconds, args, beat)
     streams = [hear(audio, c.sample_rate) for audio, _ in streamed]
 
-    more = [track for track in labelled if track not in tracks]
-    more += [track for track in spread(dataset.train, args.excerpts) if track.name in labels]
-    plain, coded = ([heard["features"] for heard in sounds] for sounds in (renders, decoded))
-    for track in more:
-        audio, start = middle(folder, track, c, seconds)
-        plain.append(genre_features(audio, c.sample_rate))
-        coded.append(genre_features(from_latents(model, track, start, seconds), c.sample_rate))
-    plain, coded = torch.stack(plain), torch.stack(coded)
-    genres = [row["genre"] for row in asked] + [labels[track.name]["genre"] for track in more]
-
+    coded = decoded_features(model, pieces, decoded, seconds)
+    plain = torch.stack([heard["features"] for heard in renders]
+                        + [genre_features(audio, c.sample_rate) for _, audio, _ in pieces.more])
     once = range(len(tracks))
     turns = [seed % len(tracks) for seed in range(args.seeds)]      # the piece whose prompt each stream got
-    firsts = [row["first_beat"] - start for row, (_, start) in zip(asked, excerpts)]
+    firsts = [row["first_beat"] - start for row, (_, start) in zip(asked, pieces.excerpts)]
 
-    def judged(sounds, pieces, firsts, references):
-        found = genre_of_each(sounds, pieces, references, genres)
-        return [obedience(heard, asked[piece], genre, first)
-                for heard, piece, genre, first in zip(sounds, pieces, found, firsts)]
+    def judged(sounds, owners, firsts, references):
+        found = genre_of_each(sounds, owners, references, genres)
+        return [obedience(heard, asked[owner], genre, first)
+                for heard, owner, genre, first in zip(sounds, owners, found, firsts)]
 
     found = genre_of_each(renders, once, plain, genres)
     print_obedience({
@@ -432,6 +461,49 @@ def obey(model, dataset, args):
         "others'": [obedience(renders[i], asked[j], found[i], firsts[j])
                     for i in once for j in once if i != j],
     }, len(plain))
+
+
+def follow(model, dataset, args):
+    """Print how well streams follow the pitch of held-out pieces that is given them, under the prompt of
+    another genre, and whether they are of that genre."""
+    c = model.config
+    seconds = args.seconds or 15
+    pieces = labelled_pieces(dataset, args, c, seconds)
+    count = len(pieces.tracks)
+    genres = [row["genre"] for row in pieces.asked]
+    if len(set(genres)) < 2:
+        raise UserError(f"{args.data}: --sketch needs held-out pieces of two genres")
+    prompted = [next(j % count for j in range(i + 1, i + count) if genres[j % count] != genres[i])
+                for i in range(count)]                      # whose prompt stream i gets
+    prompts = [known_words(model, pieces.tracks[j].prompt) for j in prompted]
+    given = [latents_of(track, start, seconds, c)
+             for track, (_, start) in zip(pieces.tracks, pieces.excerpts)]
+    frames = min(z.shape[1] for z in given)
+    given = torch.stack([z[:, :frames] for z in given]).to(next(model.parameters()).device)
+    mask = torch.zeros(c.channels, 1, dtype=torch.bool, device=given.device)
+    mask[c.latent_channels:c.latent_channels + c.pitch_channels] = True
+
+    def sketch(number):
+        values = given[..., number * c.block:(number + 1) * c.block]
+        whole = values.shape[-1] == c.block
+        return Given(values, mask, torch.zeros((), device=given.device)) if whole else None
+    args.seeds = count
+    streams = [audio for audio, _ in make_streams(model, prompts, seconds, args, sketch=sketch)]
+
+    def alike(sounds, others):
+        found = [chroma_correlation(a, b, c.sample_rate) for a, b in zip(sounds, others)]
+        return f"{np.mean(found):.2f} +- {np.std(found) / math.sqrt(len(found)):.2f}"
+    sources = [audio for audio, _ in pieces.excerpts]
+    decoded = [from_latents(model, track, start, seconds)
+               for track, (_, start) in zip(pieces.tracks, pieces.excerpts)]
+    references = decoded_features(model, pieces, [hear(audio, c.sample_rate) for audio in decoded], seconds)
+    heard = [{"features": genre_features(audio, c.sample_rate)} for audio in streams]
+    found = genre_of_each(heard, prompted, references, pieces.genres)
+    print(f"chroma correlation of {count} streams with the pieces whose pitch they were given: "
+          f"{alike(streams, sources)}\nof those pieces through the autoencoder: {alike(decoded, sources)}\n"
+          f"of pieces with others: {alike([sources[j] for j in prompted], sources)}\n"
+          f"of the prompt's genre: {sum(f == genres[j] for f, j in zip(found, prompted))} streams; "
+          f"of the given piece's: {sum(f == genre for f, genre in zip(found, genres))}")
 
 
 def print_obedience(columns, references):
@@ -465,6 +537,9 @@ def parse_args():
     p.add_argument("--obey", action="store_true",
                    help="how often streams have their prompt's tempo, key and genre; takes a metadata.csv "
                         f"with the columns {', '.join(LABELS)}")
+    p.add_argument("--sketch", action="store_true",
+                   help="with --obey: give streams the pitch of held-out pieces, under prompts of other "
+                   "genres, and see how they follow it")
     p.add_argument("--beats", action="store_true",
                    help="with --obey: tell the model the beats too (as sample.py --bpm), not only the prompt")
     p.add_argument("--seconds", type=whole,
@@ -490,8 +565,10 @@ def parse_args():
         raise UserError("--drift and --obey are two measurements: one at a time")
     if args.drift and args.picture:
         raise UserError("--picture is for the figures without --drift, which draws its own (--out)")
-    if args.beats and not args.obey:
-        raise UserError("--beats goes with --obey")
+    if (args.beats or args.sketch) and not args.obey:
+        raise UserError("--beats and --sketch go with --obey")
+    if args.beats and args.sketch:
+        raise UserError("--beats and --sketch are two measurements: one at a time")
     if args.obey and args.picture:
         raise UserError("--picture is for the figures without --obey")
     args.seeds = args.seeds or (48 if args.obey else 8)
@@ -516,13 +593,15 @@ def main():
     check_streams(path, model.stage)
     if args.beats and not model.config.beats:
         raise UserError(f"--beats: {path} cannot be told a beat")
+    if args.sketch and not model.config.pitch_channels:
+        raise UserError(f"--sketch: {path} has no channels of pitch")
     dataset = data.prepare(args.data, model, device=args.device)    # the training's own split
     precision = playing_precision(model, args.precision)
     settings = sampling_settings(model, args.steps, args.sampler, args.cfg)
     print(f"{path}: {model.stage}, {settings}, {precision}", file=sys.stderr)
     with torch.no_grad():
         if args.obey:
-            obey(model, dataset, args)
+            (follow if args.sketch else obey)(model, dataset, args)
             return
         prompts = [known_words(model, track.prompt) for track in dataset.validation]
         (drift if args.drift else sound)(model, dataset, prompts, args)

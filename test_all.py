@@ -5365,6 +5365,36 @@ def test_obedience_of_players_that_are_known(tmp_path, monkeypatch, capsys):
     assert ignored["key", "renders"] == 100
 
 
+def test_streams_that_are_given_a_pitch(tmp_path, monkeypatch, capsys):
+    """What is given are the stored channels of pitch, and they alone. Who plays the piece follows it."""
+    folder = labelled_folder(tmp_path)
+    model = sketching()
+    c = model.config
+    dataset = data.prepare(folder, model, tmp_path / "latents", quiet=True)
+    args = SimpleNamespace(data=folder, seconds=4, seeds=3, excerpts=10)
+    excerpts = [measure.middle(folder, track, c, 4) for track in dataset.validation]
+    asked = []
+
+    def figures_of(played):
+        def streams(model, prompts, seconds, args, sketch):
+            asked.append(sketch(2))
+            assert sketch(10 ** 6) is None                  # beyond the piece
+            return [(excerpts[i][0], None) for i in played]
+        monkeypatch.setattr(measure, "make_streams", streams)
+        measure.follow(model, dataset, args)
+        return re.findall(r"[-\d.]+(?= \+-)|\d+(?= streams;)", capsys.readouterr().out)
+    followed, _, other, _ = map(float, figures_of([0, 1, 2]))
+    assert followed == 1 > other + 0.1
+    assert float(figures_of([1, 2, 0])[0]) < 0.9
+    stored = measure.latents_of(dataset.validation[0], excerpts[0][1], 4, c)
+    pitch = slice(8, 11)
+    assert torch.equal(asked[0].values[0, pitch], stored[pitch, 2 * c.block:3 * c.block])
+    assert asked[0].mask[pitch].all() and asked[0].mask.sum() == 3
+    tracks = [track._replace(name=dataset.validation[0].name) for track in dataset.validation]
+    with pytest.raises(UserError, match="two genres"):
+        measure.follow(model, SimpleNamespace(train=[], validation=tracks), args)
+
+
 def test_an_excerpt_from_stored_latents(tmp_path):
     """It is the same stretch of music as `middle` reads from the file."""
     folder = labelled_folder(tmp_path)
