@@ -24,8 +24,8 @@ from controls import beat_of
 from live import Turn, known_words, prompt_encoder
 from model import NO_BLOCKS, Cond, Numbered, add_noise, alpha_sigma, denoise, forget_t5, schedule
 from options import SAMPLERS, check, default_seconds, parse
-from stage import (Listening, Pace, Sound, Stopping, Typing, audio_from, control_of, first_signal_sets,
-                   handed_out, load_state, save_state, take_line)
+from stage import (Delivery, Listening, Pace, Sound, Stopping, Typing, audio_from, control_of,
+                   first_signal_sets, load_state, save_state, take_line)
 
 GUIDED_BLOCKS = 2                                           # after a change of prompt, by "pingpong++"
 GUIDANCE = 0.7                                              # of these: 1 is the conditional model alone
@@ -246,27 +246,38 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
     keep: a function, called after each block with what to hand in as `state`, to go on from there."""
     settings = sampling_settings(model, steps, sampler, cfg)
     settings["forget"] = model.config.context_blocks - 1 if forget is None else forget
-    maker = BlockMaker(model, cond, settings, seed, prime, use_cache, state)
-    first = maker.number
+    plan = BlockPlan(model, cond, settings, seed, state)
+    context = Context(model, plan.encoded_prompt(), still_heard(model.config, cond, prime), use_cache)
+    plan.begin(context, state)
+    first = plan.number
     for number in itertools.count(first) if blocks is None else range(first, first + blocks):
         if listen is not None and number:
             heard = listen(number - 1)
             if heard is None:
                 return
-            maker.context.replace_last(heard)
-        maker.take_turn(None if change is None else change(number))
+            context.replace_last(heard)
+        plan.take_turn(None if change is None else change(number))
         if beat is not None:
-            maker.context.beat = beat_of(beat(number), len(cond.tokens), cond.tokens.device)
-        x = maker.next_block(None if sketch is None else sketch(number))
+            context.beat = beat_of(beat(number), len(cond.tokens), cond.tokens.device)
+        given = None if sketch is None else sketch(number)
+        sampler, cfg = plan.sampler_and_guidance()
+        if plan.graphed is not None and sampler != "pingpong++":
+            x = plan.graphed(plan.draw, given)
+        else:
+            x = denoise_block(context.predict, plan.draw(), plan.levels, sampler, model.config.objective,
+                              plan.draw, cfg, given)
+            context.append(x)
+        plan.number += 1
         if keep is not None:
-            keep(maker.state())
+            keep(plan.state())
         yield x
 
 
-class BlockMaker:
-    """Makes the blocks of a stream: under which prompt, in how many steps, by which sampler and guidance."""
+class BlockPlan:
+    """How the next block of a stream is made: under which prompt, in how many steps, by which sampler and
+    guidance, from which noise."""
 
-    def __init__(self, model, cond, settings, seed, prime, use_cache, state=None):
+    def __init__(self, model, cond, settings, seed, state=None):
         """settings: steps, sampler, cfg, forget. The others as in `stream`."""
         self.model = model
         self.cond = cond
@@ -279,11 +290,14 @@ class BlockMaker:
             self.guided_until = state["guided_until"]
             self.settings = dict(state["settings"])
         self.draw = Noise(model.config, seed, len(cond.tokens), self.device)
-        prime = still_heard(model.config, cond, prime)
-        self.context = Context(model, self.encoded_prompt(), prime, use_cache)
         if state is not None:
-            self.context.restore(on_device(state["context"], self.device))
             self.draw.restore(state["noise"])
+
+    def begin(self, context, state=None):
+        """context: the stream's, made under `encoded_prompt`."""
+        self.context = context
+        if state is not None:
+            context.restore(on_device(state["context"], self.device))
         self.prepare()
 
     def sampler_and_guidance(self):
@@ -320,18 +334,6 @@ class BlockMaker:
             self.context.take_prompt(self.encoded_prompt(), forget)
         if turn is not None and turn.settings:
             self.prepare()
-
-    def next_block(self, given=None):
-        """The next block (B, C, block), which is then part of the context."""
-        sampler, cfg = self.sampler_and_guidance()
-        if self.graphed is not None and sampler != "pingpong++":
-            x = self.graphed(self.draw, given)
-        else:
-            x = denoise_block(self.context.predict, self.draw(), self.levels, sampler,
-                              self.model.config.objective, self.draw, cfg, given)
-            self.context.append(x)
-        self.number += 1
-        return x
 
     def state(self):
         """Plain values and tensors of their own, from which the stream goes on."""
@@ -571,12 +573,12 @@ def main():
     # --- the loop; on Ctrl-C too, what was made is kept
     written = clipped = first_samples = 0
     first_seconds = 0.0                                     # from the start until the first audio is out
-    rest = None
-    out = handed_out(pieces, pace, control, stopping, samples, c.block * c.hop)
+    delivery = Delivery(pace, control, stopping, samples, c.block * c.hop)
     try:
-        with contextlib.closing(writer), contextlib.closing(pieces), contextlib.closing(bar):
-            with contextlib.closing(out), first_signal_sets(stopping):
-                for audio, rest in out:
+        with (contextlib.closing(writer), contextlib.closing(pieces), contextlib.closing(bar),
+              first_signal_sets(stopping)):
+            for piece in pieces:
+                for audio in delivery.parts(piece):
                     writer.write(pcm(audio))
                     if not written:
                         first_seconds = time.time() - started
@@ -584,6 +586,8 @@ def main():
                     clipped += (~(audio.abs() <= 1)).sum().item()       # what is no number too
                     written += audio.shape[-1]
                     bar.update(audio.shape[-1] / c.sample_rate)
+                if delivery.over:
+                    break
     except BrokenPipeError:
         raise
     except (OSError, soundfile.LibsndfileError) as error:
@@ -591,8 +595,8 @@ def main():
             discard_output()
         raise UserError(f"cannot go on writing {target} after {written / c.sample_rate:.1f} s: "
                         f"{reason_of(error, args.out)}") from None
-    if args.save_state and rest is not None:
-        save_state(args.save_state, model, precision, sound.state(), rest, pace.position)
+    if args.save_state and delivery.over:
+        save_state(args.save_state, model, precision, sound.state(), delivery.rest, pace.position)
     seconds = written / c.sample_rate
     took = time.time() - started
     then = (written - first_samples) / c.sample_rate / max(1e-9, took - first_seconds)

@@ -104,6 +104,7 @@ class Show:
             raise UserError("the set is over: start page.py again")
         if word == "/start":
             self.going.set()
+            self.resting = False                            # whoever asks for audio now may wait for it
             return "going on", None
         if word == "/stop":                                 # with a time, it is the end
             self.going.clear()

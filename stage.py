@@ -251,36 +251,53 @@ def first_signal_sets(stopping):
                 signal.signal(number, handler)
 
 
-def handed_out(pieces, pace, control, stopping, samples, block_samples):
-    """Pieces of audio -> those that are written, each as soon as the listener's clock allows, and what was
-    made beyond the end (`rest`): yields (audio (1, 2, n), rest), the rest None but for the last.
+class Delivery:
+    """Hands audio out, each part as soon as the listener's clock allows, and fades out after Ctrl-C and after
+    /stop."""
 
-    samples: how many, or None. The last ones fade out after Ctrl-C and after /stop."""
-    rate = pace.rate
-    fade = None
-    end = math.inf if samples is None else pace.position + samples
-    for piece in pieces:
+    def __init__(self, pace, control, stopping, samples, block_samples):
+        """samples: how many, or None; control: `live.Control` or None; stopping: an Event."""
+        self.pace = pace
+        self.control = control
+        self.stopping = stopping
+        self.block_samples = block_samples
+        self.end = math.inf if samples is None else pace.position + samples
+        self.fade = None
+        self.rest = None                                    # at the end: what was made beyond it (1, 2, n)
+
+    @property
+    def over(self):
+        return self.rest is not None
+
+    def parts(self, piece):
+        """A piece of audio (1, 2, n), which has just been made -> its parts, to be written at once."""
+        pace = self.pace
         late = pace.arrived()
         if late:
             print(late, file=sys.stderr)
-        while piece.shape[-1]:
-            if stopping.is_set() and fade is None:          # over what is in hand, or a little longer
-                fade = Fade(pace.position, pace.position + max(piece.shape[-1], round(SHORTEST_FADE * rate)))
-            if control is not None and control.end is not None and fade is None:
-                fade = Fade(control.end * block_samples, (control.end + 1) * block_samples)
-            if fade is not None:
-                end = min(end, max(fade.end, pace.position))
-            n = piece.shape[-1] if pace.lead is None else max(1, round(min(PIECE_OUT, pace.lead / 2) * rate))
-            n = min(n, piece.shape[-1], end - pace.position)
+        while piece.shape[-1] and not self.over:
+            self.look_for_an_end(piece.shape[-1])
+            n = min(piece.shape[-1], self.end - pace.position)
+            if pace.lead is not None:
+                n = min(n, max(1, round(min(PIECE_OUT, pace.lead / 2) * pace.rate)))
             audio = piece[..., :n]
             piece = piece[..., n:]
             pace.wait(n)
-            over = pace.position + n >= end
-            yield (audio if fade is None else fade.of(audio, pace.position)), piece if over else None
-            for line in pace.hand_out(n, control.said if control is not None else [], block_samples):
+            if pace.position + n >= self.end:
+                self.rest = piece
+            yield audio if self.fade is None else self.fade.of(audio, pace.position)
+            for line in pace.hand_out(n, self.control.said if self.control else [], self.block_samples):
                 print(line, file=sys.stderr)
-            if over:
-                return
+
+    def look_for_an_end(self, in_hand):
+        """Begin to fade where it is time for it. in_hand: samples that have been made."""
+        position = self.pace.position
+        if self.fade is None and self.stopping.is_set():    # over what is in hand, or a little longer
+            self.fade = Fade(position, position + max(in_hand, round(SHORTEST_FADE * self.pace.rate)))
+        if self.fade is None and self.control is not None and self.control.end is not None:
+            self.fade = Fade(*(self.block_samples * (self.control.end + i) for i in (0, 1)))
+        if self.fade is not None:
+            self.end = min(self.end, max(self.fade.end, position))
 
 
 # -------------------------------------------------------------------------------- other people's audio

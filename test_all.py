@@ -3637,11 +3637,11 @@ def test_a_beat_is_learned_from_metadata_and_played(music, tmp_path, call):
     shutil.copytree(music, folder)
     for rows, learned in (("", False), ("".join(f"tone {i}.wav,x,120,0.1\n" for i in range(5)), True)):
         (folder / "metadata.csv").write_text("file_name,text,bpm,first_beat\n" + rows)
-        args = "--init", "beats.pt", "--data", folder, *TRAIN, "--steps", 2
+        args = "--init", "beats.pt", "--data", folder, *TRAIN, "--steps", 1
         assert call(finetune.main, *args)[0] == 0
         model = common.load(tmp_path / "out" / "finetune.pt")
         assert torch.equal(model.dit.beat_in.weight, tiny(beats=True).dit.beat_in.weight) != learned
-    play = "--ckpt", "out/finetune.pt", "--seconds", 1, "--precision", "float32"
+    play = "--ckpt", "out/finetune.pt", "--seconds", 0.1, "--precision", "float32"
     assert call(sample.main, *play, "--bpm", 92, "--out", "a.wav")[0] == 0
     assert call(sample.main, *play, "--out", "b.wav")[0] == 0
     assert (tmp_path / "a.wav").read_bytes() != (tmp_path / "b.wav").read_bytes()
@@ -5026,7 +5026,8 @@ def test_a_run_goes_on_where_it_stopped(soundfont, tmp_path, monkeypatch):
         info = soundfile.info(out / row["file_name"])
         assert (info.samplerate, info.channels) == (44100, 2)
         assert info.frames == int(row["bars"]) * int(row["beats_per_bar"]) * int(row["beat_frames"]) * band.HOP
-        assert band.prompt(row) == row["text"]
+        held_out = row["file_name"].startswith("validation")       # others are as people write
+        assert (band.prompt(row) == row["text"] if held_out else "arpeggio" in row["text"])
     first = files[0].read_bytes()
     files[0].unlink()
     files[1].write_bytes(b"kept")
@@ -5368,11 +5369,13 @@ def test_obedience_of_players_that_are_known(tmp_path, monkeypatch, capsys):
 def test_streams_that_are_given_a_pitch(tmp_path, monkeypatch, capsys):
     """What is given are the stored channels of pitch, and they alone. Who plays the piece follows it."""
     folder = labelled_folder(tmp_path)
+    for name in range(4, 8):
+        (folder / f"train/{name}.wav").unlink()
     model = sketching()
     c = model.config
     dataset = data.prepare(folder, model, tmp_path / "latents", quiet=True)
-    args = SimpleNamespace(data=folder, seconds=4, seeds=3, excerpts=10)
-    excerpts = [measure.middle(folder, track, c, 4) for track in dataset.validation]
+    args = SimpleNamespace(data=folder, seconds=2, seeds=3, excerpts=1)
+    excerpts = [measure.middle(folder, track, c, 2) for track in dataset.validation]
     asked = []
 
     def figures_of(played):
@@ -5386,7 +5389,7 @@ def test_streams_that_are_given_a_pitch(tmp_path, monkeypatch, capsys):
     followed, _, other, _ = map(float, figures_of([0, 1, 2]))
     assert followed == 1 > other + 0.1
     assert float(figures_of([1, 2, 0])[0]) < 0.9
-    stored = measure.latents_of(dataset.validation[0], excerpts[0][1], 4, c)
+    stored = measure.latents_of(dataset.validation[0], excerpts[0][1], 2, c)
     pitch = slice(8, 11)
     assert torch.equal(asked[0].values[0, pitch], stored[pitch, 2 * c.block:3 * c.block])
     assert asked[0].mask[pitch].all() and asked[0].mask.sum() == 3
@@ -5398,6 +5401,8 @@ def test_streams_that_are_given_a_pitch(tmp_path, monkeypatch, capsys):
 def test_an_excerpt_from_stored_latents(tmp_path):
     """It is the same stretch of music as `middle` reads from the file."""
     folder = labelled_folder(tmp_path)
+    for name in ["validation/1", "validation/2", *(f"train/{number}" for number in range(4, 8))]:
+        (folder / f"{name}.wav").unlink()
     model = tiny()
     track = data.prepare(folder, model, tmp_path / "latents", quiet=True).validation[0]
     track = track._replace(start=30)
