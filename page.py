@@ -175,6 +175,7 @@ class Server(socketserver.ThreadingTCPServer):
     """Every connection in a thread of its own, CONNECTIONS at once: who is slow keeps nobody waiting."""
     allow_reuse_address = True
     daemon_threads = True
+    request_queue_size = 128                                # who finds it full tries again after a second
 
     def __init__(self, show, host, port):
         """Port 0 takes any that is free. Raises UserError."""
