@@ -31,6 +31,7 @@ AUDIO |= set(".voc .ra .rm .ogx .ogv".split())                       # from .m4a
 BESIDE = set(".jpg .jpeg .png .gif .webp .bmp .pdf .m3u .m3u8 .pls .cue .log .npy .pt .json .db .ini".split())
 METADATA = "metadata.csv", "metadata.jsonl", "metadata.json"
 HELD_OUT = {"validation", "valid", "val", "dev", "test", "eval"}    # names of folders, by convention
+LARGEST_METADATA = 2 ** 24                                  # bytes; what is made of them takes 20 times that
 LARGEST_CAPTION = 2 ** 22                                   # bytes; a longer text is about something else
 
 
@@ -217,6 +218,8 @@ def as_text(value):
 
 def metadata_rows(file, notes):
     """The rows of a metadata file, dictionaries. ValueError and others where it cannot be understood."""
+    if os.path.getsize(file) > LARGEST_METADATA:
+        raise ValueError(f"longer than {LARGEST_METADATA >> 20} MiB; every folder may have metadata of its own")
     text = decode_text(file.read_bytes(), file.name, notes)
     if file.suffix == ".csv":
         first = text.partition("\n")[0]

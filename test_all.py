@@ -3613,6 +3613,19 @@ def test_beats_of_blocks_come_from_the_metadata(tmp_path):
     assert finetune.draw_batch([known], TINY, 2, 2, slice(0, 2), 0, 0).beat is None
 
 
+def test_giant_metadata_is_not_read(tmp_path):
+    save_wav(tmp_path / "a.wav")
+    for name in "metadata.json", "metadata.csv":
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(2 ** 24 + 1)
+        notes_ = []
+        if name.endswith("json"):                           # it may be another program's
+            assert library.read_metadata(tmp_path, notes_) == {} and "longer than 16 MiB" in notes_[0]
+        else:
+            with pytest.raises(UserError, match="longer than 16 MiB"):
+                library.read_metadata(tmp_path)
+
+
 def test_beats_in_metadata(tmp_path):
     def beats(text):
         (tmp_path / "metadata.csv").write_text(text)
