@@ -370,7 +370,6 @@ def main():
             bar.update()
             if step % 10 == 0:
                 bar.set_postfix_str(f"loss {loss.item():.4f}, gradient {gradient.item():.2f}")
-
             # --- validation, checkpoint, sample
             if step % args.every == 0 or step == args.steps:
                 with average.in_place():

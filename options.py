@@ -14,6 +14,28 @@ from controls import GIVES
 SAMPLERS = "euler", "dpmpp", "pingpong"
 
 
+def add_stage_options(p):
+    """What a performer plays with besides the prompt."""
+    p.add_argument("--osc", type=whole, metavar="PORT", help="take the same lines as OSC messages over UDP")
+    p.add_argument("--osc-beats", metavar="HOST:PORT", help="send /beat there as OSC when a beat is heard")
+    p.add_argument("--forget", type=whole_or_zero, help="blocks of the past to drop when the prompt changes "
+                   "(default: all of the context but one)")
+    p.add_argument("--no-transitions", action="store_true", help="when the prompt changes, neither read the "
+                   "past again nor drop any, and sample as ever")
+    p.add_argument("--chords", help="such as 'Am F C G', a bar each, with --bpm (for models with channels of "
+                   "pitch)")
+    p.add_argument("--sketch", help="audio file, or - for a WAV on standard input, whose pitch and loudness "
+                   "are played (for models with such channels)")
+    p.add_argument("--sketch-what", choices=GIVES, default="both")
+    p.add_argument("--sketch-until", type=fraction, default=0.0,
+                   help="noise level down to which it is given: 0 strictly, towards 1 more freely")
+    p.add_argument("--listen", help="audio file, or - for a WAV on standard input, which the model answers")
+    p.add_argument("--delay", type=positive_finite,
+                   help="seconds by which the answer follows what it answers (default: a block)")
+    p.add_argument("--mix", type=not_negative, default=0.0,
+                   help="how loud what is heard is mixed in, 1 as it is")
+
+
 def parse(argv=None):
     p = argparse.ArgumentParser(description="Stream music, block by block, as a WAV on standard output.",
                                 allow_abbrev=False)
@@ -35,25 +57,7 @@ def parse(argv=None):
     p.add_argument("--live", action="store_true",
                    help="each line typed while a player plays, a prompt or a /command, holds from the next "
                    "block on (not on Windows)")
-    p.add_argument("--osc", type=whole, metavar="PORT", help="take the same lines as OSC messages over UDP")
-    p.add_argument("--osc-beats", metavar="HOST:PORT", help="send /beat there as OSC when a beat is heard")
-    p.add_argument("--forget", type=whole_or_zero, help="blocks of the past to drop when the prompt changes "
-                   "(default: all of the context but one)")
-    p.add_argument("--no-transitions", action="store_true", help="when the prompt changes, neither read the "
-                   "past again nor drop any, and sample as ever")
-    p.add_argument("--chords", help="such as 'Am F C G', a bar each, with --bpm (for models with channels of "
-                   "pitch)")
-    p.add_argument("--sketch", help="audio file, or - for a WAV on standard input, whose pitch and loudness "
-                   "are played (for models with such channels)")
-    p.add_argument("--sketch-what", choices=GIVES, default="both")
-    p.add_argument("--sketch-until", type=fraction, default=0.0,
-                   help="noise level down to which it is given: 0 strictly, towards 1 more freely")
-    p.add_argument("--listen", help="audio file, or - for a WAV on standard input, which the model answers")
-    p.add_argument("--delay", type=positive_finite,
-                   help="seconds by which the answer follows what it answers " "(default: a block)")
-    p.add_argument("--mix", type=not_negative, default=0.0,
-                   
-                   help="how loud what is heard is mixed in, 1 as it is")
+    add_stage_options(p)
     # where to, and how far ahead
     p.add_argument("--out", help=".wav or .flac instead of standard output")
     p.add_argument("--realtime", nargs="?", type=positive_finite, const=1.0, metavar="LEAD",
