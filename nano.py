@@ -394,7 +394,8 @@ def train_autoencoder(args):
     out.parent.mkdir(parents=True, exist_ok=True)
     model = start_autoencoder(args, device)
     autoencoder = model.autoencoder
-    train, held_out = (read_tracks(args.data, side, args.crop) for side in (False, True))
+    train = read_tracks(args.data, False, args.crop)
+    held_out = read_tracks(args.data, True, args.crop, most=12)
     if not args.init and not state.exists():
         fit_transform(autoencoder, train, device)
     fit_sketch(model, draw_crops(train, 256, args.crop, args.seed, 0))
