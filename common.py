@@ -456,6 +456,7 @@ def check_values():
 def leave_signals():
     """In a worker of a Pool: Ctrl-C, which reaches it too, is for the script, and that ends its workers."""
     def leave(number, frame):
+        signal.signal(number, signal.SIG_IGN)               # a second one would come in the middle of leaving
         sys.exit(128 + number)                              # killed, it would keep the queue locked
     for number in STOP_SIGNALS:
         signal.signal(number, leave if number == signal.SIGTERM else signal.SIG_IGN)
