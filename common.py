@@ -49,6 +49,11 @@ def writable(path):
     return path
 
 
+def say(text):
+    """A line for people, on standard error: standard output may be the music."""
+    print(text, file=sys.stderr)
+
+
 def keep_inputs(output, inputs):
     """UserError where the file to be written is one of those that are read, under whatever name or link.
 

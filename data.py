@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import sys
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from audio import encode_chunks
-from common import UserError, device_of, load, run, speed, write_whole
+from common import UserError, device_of, load, run, say, speed, write_whole
 from controls import BEAT_FEATURES, beat_features
 from library import (Beats, beats_of_row, composed, find_files, find_prompt, held_out_folder, read_metadata,
                      split)
@@ -218,10 +217,6 @@ def divide(tracks, block):
 def latent_std(tracks):
     step = max(1, sum(t.frames for t in tracks) // 20000)
     return float(np.concatenate([t.latents[::step] for t in tracks]).astype(np.float64).std())
-
-
-def say(line):
-    print(line, file=sys.stderr)
 
 
 def report_prompts(dataset, sources, metadata, model):

@@ -1,21 +1,14 @@
-"""The recipe of `nano.pt`, the small model that ships with this repository. Each stage runs alone and can be
-resumed:
+"""The recipes of small models. Each stage runs alone and can be resumed.
 
-    python nano.py data           # public-domain scores (Bach chorales) -> audio and prompts
-    python nano.py autoencoder --steps 4500 --batch 32 --crop 32768
-python finetune.py --init out/nano_ae.pt --data data/nano --out out/nano.pt --causal --steps 2400 --batch 64 \
-        --lr 1e-3 --lr-end 1e-5 --warmup 100 --shift 1.5
-python arc_forcing.py --init out/nano.pt --base none --rollout 4 --most 4 --steps 300 --batch 16 --lr 1e-5
---d-lr 2e-5 \
-        --d-warmup 150 --warmup-lr 2e-4 --no-remat
-python nano.py pack --arc out/arc.pt --share 0.15 --steps 6 --autoencoder out/nano_ae.pt    # float16 ->
-nano.pt
+    python nano.py recipe --quick               # a band of eleven genres, all stages, little of everything
+    python nano.py recipe --music MUSIC ...     # in full; MUSIC: recordings that its autoencoder shall know
 
-What ships went on from there, by one more round with a guided teacher (docs/nano.md).
+Its stages are `commands`. `nano.pt`, the marimba that ships here, was made by other ones (docs/nano.md):
+`nano.py data` (scores to audio, in chorales.py), `nano.py autoencoder`, finetune.py, arc_forcing.py,
+`nano.py pack`.
 
-A GPU needs ten minutes for it; two CPU cores, with smaller batches and `OMP_NUM_THREADS=1 torchrun
---nproc_per_node=2 nano.py autoencoder --threads 1`, an afternoon.
-`data` is in chorales.py.
+Two CPU cores share the autoencoder with `OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 nano.py autoencoder
+--threads 1`.
 """
 import argparse
 import contextlib

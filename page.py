@@ -28,7 +28,7 @@ import torch
 
 import osc
 import sample
-from common import UserError, reason_of, run, speed
+from common import UserError, reason_of, run, say, speed
 from show import Show
 from stage import Pace, Stopping, control_of, first_signal_sets
 
@@ -203,16 +203,12 @@ class Server(socketserver.ThreadingTCPServer):
     def handle_error(self, request, address):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):                  # OSError: who is cut off asks again
-            note(f"{address[0]}: a request ended with {type(error).__name__}: {error}")
+            say(f"{address[0]}: a request ended with {type(error).__name__}: {error}")
 
 
 def bracketed(address):
     """As it stands in a URL."""
     return f"[{address}]" if ":" in address else address
-
-
-def note(text):
-    print(text, file=sys.stderr)
 
 
 # -------------------------------------------------------------------------------- command line
@@ -252,19 +248,19 @@ def main():
     show.settings = sample.sampling_settings(model, args.steps, args.sampler, args.cfg)
     samples = None if math.isinf(args.seconds) else round(args.seconds * rate)
     pieces, plan, _ = sample.stream_pieces(model, args, samples, False, show.control, None, stopping)
-    note(plan)
+    say(plan)
     server = Server(show, own.host, own.port)
     threading.Thread(target=server.serve_forever, name="server", daemon=True).start()
-    note(f"play at http://{server.name}:{server.server_address[1]} (Ctrl-C ends the set)")
+    say(f"play at http://{server.name}:{server.server_address[1]} (Ctrl-C ends the set)")
     if own.osc is not None:
-        note(f"OSC at {own.host}:{osc.serve(lambda line: show.say(line)[0], own.osc, own.host)}")
+        say(f"OSC at {own.host}:{osc.serve(lambda line: show.say(line)[0], own.osc, own.host)}")
     if own.osc_beats:
         osc.Beats(own.osc_beats, show.control, show.pace.heard)
     with contextlib.closing(pieces), server, first_signal_sets(stopping):
         show.play(pieces, stopping)
         server.shutdown()
     for line in show.pace.summary():
-        note(line)
+        say(line)
     if stopping.signal is not None:
         raise KeyboardInterrupt(stopping.signal)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import osc
 from audio import decode_stream, decoder_margin, encode_file, open_output, pcm     # decode_stream for callers
 from common import (UserError, default_checkpoint, device_of, discard_output, keep_inputs, load,
-                    playing_precision, reason_of, regime_of, run, speed, writable)
+                    playing_precision, reason_of, regime_of, run, say, speed, writable)
 from controls import beat_of
 from live import Turn, known_words, prompt_encoder
 from model import NO_BLOCKS, Cond, Numbered, add_noise, alpha_sigma, denoise, forget_t5, schedule
@@ -528,10 +528,6 @@ def set_up(args):
         say(f"compiling: the first audio takes {longer} longer")
         speed.compile_layers(model)
     return model, precision, together
-
-
-def say(text):
-    print(text, file=sys.stderr)
 
 
 @torch.no_grad()

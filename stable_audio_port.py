@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +20,8 @@ import torch
 from torch import nn
 
 from common import (UserError, check_sizes, first_bytes, is_floats, is_safetensors, keep_inputs, load_plain,
-                    not_weights, reason_of, regime_of, run, save, save_whole, whole, writable)
+                    not_weights, reason_of, regime_of, run, save, save_whole, say, whole, writable)
 from model import LMDM, Config
-
-
-def say(text):
-    print(text, file=sys.stderr)
 
 
 def first_few(names):

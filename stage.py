@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from audio import (decoder_margin, decoder_state, encode_chunks, encoder_margin, restore_decoder,
                    streaming_decoder)
-from common import STOP_SIGNALS, UserError, load_plain, save_whole
+from common import STOP_SIGNALS, UserError, load_plain, save_whole, say
 from controls import WINDOW, features, sketch_channels
 from live import Control, parse_line, prompt_encoder, read_schedule, seconds_of
 from recordings import overlapped, read_audio, resampled, to_stereo, usual_speakers
@@ -65,7 +65,7 @@ def control_of(model, args, pace, stopping, saved):
         lines += read_schedule(args.schedule)
     control = Control(model, encode, prompt, lines, names, pace.heard, sketch_of)
     for remark in control.remarks:
-        print(remark, file=sys.stderr)
+        say(remark)
     if saved:
         control.restore(saved["control"])
         if args.prompt is not None:
@@ -274,7 +274,7 @@ class Delivery:
         pace = self.pace
         late = pace.arrived()
         if late:
-            print(late, file=sys.stderr)
+            say(late)
         while piece.shape[-1] and not self.over:
             self.look_for_an_end(piece.shape[-1])
             n = min(piece.shape[-1], self.end - pace.position)
@@ -287,7 +287,7 @@ class Delivery:
                 self.rest = piece
             yield audio if self.fade is None else self.fade.of(audio, pace.position)
             for line in pace.hand_out(n, self.control.said if self.control else [], self.block_samples):
-                print(line, file=sys.stderr)
+                say(line)
 
     def look_for_an_end(self, in_hand):
         """Begin to fade where it is time for it. in_hand: samples that have been made."""
