@@ -2230,11 +2230,11 @@ def test_words_never_learned_are_left_out(tiny_file, music, tmp_path, call):
     """finetune.py writes down the words of its prompts, the stages after it hand them on, sample.py plays no
     others."""
     for script_, *args in ((finetune, "--init", tiny_file, "--data", music, "--steps", 1, "--batch", 2,
-                            "--sample-every", 0),
+                            "--sample-every", 0, "--validation-crops", 2),
                            (arc_forcing, "--d-warmup", 0, "--steps", 1, "--batch", 2, "--rollout", 1),
                            (nano, "pack", "--ckpt", "out/arc.pt"),
                            (finetune, "--init", "nano.pt", "--data", music, "--steps", 1, "--batch", 2,
-                            "--sample-every", 0)):
+                            "--sample-every", 0, "--validation-crops", 2)):
         status, err = call(script_.main, *args)
         assert status == 0, err
     words = {name: sample.load(tmp_path / name).sampling["words"]
@@ -3876,7 +3876,7 @@ def test_a_log_on_a_full_disk_and_a_sample_that_cannot_be_written(tiny_file, mus
     status, err = call(finetune.main, *args, "--out", "a.pt")
     assert status == 2 and "error: cannot write a.csv: No space left" in err and "Traceback" not in err
     (tmp_path / "samples").write_text("no folder")          # a sample is worth no training
-    status, err = call(finetune.main, *args, "--sample-every", 1, "--out", "b.pt")
+    status, err = call(finetune.main, *args, "--sample-every", 1, "--sample-seconds", 0.1, "--out", "b.pt")
     assert status == 0 and "warning: no sample, samples/b_1.wav cannot be written" in err
     assert (tmp_path / "b.pt").exists()
 
