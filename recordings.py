@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
@@ -28,6 +29,7 @@ PIECE = 5                                                   # seconds of audio h
 LARGEST_PIECE = 2 ** 20                                     # but of many channels no more than these samples
 TOLERANCE = 0.25                                            # seconds: headers promise a little too much
 LOUDEST = 2.0                                               # times full scale: what mixes in float may reach
+PATIENCE = 8                                                # seconds: ffmpeg looks through nonsense for ever
 
 
 # -------------------------------------------------------------------------------- reading
@@ -189,12 +191,18 @@ def through_ffmpeg(file, options, strict):
         [*FFMPEG, *options, "-i", f"file:{file}", "-map", "0:a:0", "-f", "wav", "-c:a", "pcm_f32le",
          "-bitexact", "pipe:1"],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints)
+    late = threading.Timer(PATIENCE, process.kill)
+    late.start()
     try:
         rate, channels, mask = wav_header(process.stdout)
     except struct.error:                                    # nothing, or not enough
         process.stdout.close()
+        if process.wait() == -9:                            # killed
+            raise CannotRead(f"ffmpeg: finds no audio in it in {PATIENCE} s") from None
         check_ffmpeg(process, complaints, strict=True)
         raise CannotRead("ffmpeg: no audio in it") from None
+    finally:
+        late.cancel()
     places = [place for bit, place in enumerate(MASK_PLACES) if mask >> bit & 1]
     if len(places) != channels or mask >> len(MASK_PLACES):
         places = usual_speakers(channels)

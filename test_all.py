@@ -1532,6 +1532,14 @@ def test_a_file_cut_short_is_named(tmp_path, capsys):
 
 
 @needs_ffmpeg
+def test_ffmpeg_is_not_let_look_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(recordings, "PATIENCE", 1)
+    (tmp_path / "a.ogg").write_bytes(b"OggS" * 1_000_000)      # it would look for 17 s
+    with pytest.raises(UserError, match="ffmpeg: finds no audio in it in 1 s"):
+        recordings.way_in(tmp_path / "a.ogg")
+
+
+@needs_ffmpeg
 def test_what_libsndfile_cannot_read_goes_through_ffmpeg(tmp_path):
     wav = encoded(notes(2), format="WAV")
     for name, *options in (["a.m4a"], ["a.webm"], ["a.aac"], ["a.wma"], ["alac.m4a", "-c:a", "alac"],
