@@ -517,25 +517,27 @@ def test_without_speed_the_rest_is_complete(tiny_file, music, tmp_path):
         if file.name not in ("speed.py", "test_all.py"):
             shutil.copy(file, here)
 
-    def run(folder, name, *args):
-        return subprocess.run([sys.executable, folder / name, *map(str, args)], cwd=tmp_path,
-                              capture_output=True, text=True)
-    played, losses = [], []
-    for folder in HERE, here:
-        out = tmp_path / folder.name
-        done = run(folder, "sample.py", "--ckpt", tiny_file, "--seconds", 0.02, "--precision", "float32",
-                   "--device", "cpu", "--out", f"{out}.wav")
-        assert done.returncode == 0, done.stderr
-        played.append(soundfile.read(f"{out}.wav", dtype="int16")[0].astype(int))
-        done = run(folder, "finetune.py", "--init", tiny_file, "--data", music, "--out", f"{out}.pt",
-                   "--steps", 1, "--batch", 2, "--blocks", 2, "--validation-crops", 2, "--precision",
-                   "float32", "--device", "cpu")
-        assert done.returncode == 0, done.stderr
-        losses.append(float(rows_of(f"{out}.csv")[-1]["loss"]))
+    def begin(folder, name, *args):
+        return subprocess.Popen([sys.executable, folder / name, *map(str, args)], cwd=tmp_path, text=True,
+                                stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def both(name, *args, ending):                          # beside each other: they take seconds to begin
+        outs = [tmp_path / f"{folder.name}.{ending}" for folder in (HERE, here)]
+        for process in [begin(out_of, name, *args, "--precision", "float32", "--device", "cpu", "--out", out)
+                        for out_of, out in zip((HERE, here), outs)]:
+            err = process.communicate()[1]
+            assert process.returncode == 0, err
+        return outs
+    outs = both("sample.py", "--ckpt", tiny_file, "--seconds", 0.02, ending="wav")
+    played = [soundfile.read(out, dtype="int16")[0].astype(int) for out in outs]
+    outs = both("finetune.py", "--init", tiny_file, "--data", music, "--steps", 1, "--batch", 2, "--blocks",
+                2, "--validation-crops", 2, ending="pt")
+    losses = [float(rows_of(out.with_suffix(".csv"))[-1]["loss"]) for out in outs]
     assert played[0].any() and np.abs(played[0] - played[1]).max() <= 1
     assert abs(losses[0] - losses[1]) < 1e-4 * losses[0]
-    done = run(here, "sample.py", "--ckpt", tiny_file, "--precision", "int8", "--out", "a.wav")
-    assert done.returncode == 2 and "needs speed.py" in done.stderr and "Traceback" not in done.stderr
+    process = begin(here, "sample.py", "--ckpt", tiny_file, "--precision", "int8", "--out", "a.wav")
+    err = process.communicate()[1]
+    assert process.returncode == 2 and "needs speed.py" in err and "Traceback" not in err
 
 
 def test_the_road_to_attention_is_short(tiny_file, tmp_path, call, monkeypatch):
