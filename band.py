@@ -102,6 +102,7 @@ class Genre(NamedTuple):
     bass: dict                                              # {instruments: pattern}
     chords: dict
     lead: dict
+    softer: float = 0.0                                     # drums, by so many dB
 
 
 BOTH = ("major", "minor")
@@ -155,7 +156,7 @@ GENRES = {
         {"upright bass": "r---3---5---n--- r---5---8---n--- r---8---5---n---"},
         {"piano, jazz guitar, vibraphone":
          "..x-......x-.... x-----x-........ ....x-....x-.... x-....x-......x-..x-......x-...."},
-        {"piano, tenor sax, alto sax, jazz guitar, trumpet, clarinet": EIGHTHS}),
+        {"piano, tenor sax, alto sax, jazz guitar, trumpet, clarinet": EIGHTHS}, softer=10),
     "bossa nova": Genre(
         (24, 20), STRAIGHT, BOTH, JAZZ, True, (40, 32),
         {"hat": "o.g.o.g.o.g.o.g. gggggggggggggggg", "kick": "x.....o.x.....o.",
@@ -414,7 +415,8 @@ def compose(rng, name, keys):
     side = rng.choice((-0.4, 0.4))
     pan = {"drums": 0, "bass": 0, "chords": side, "lead": -side / 2}
     programs = {**INSTRUMENTS, "drums": rng.choice(genre.kits or (0,))}
-    parts = [Part(programs[band[r]], r == "drums", notes[r], LEVEL[r], pan[r]) for r in band]
+    levels = {**LEVEL, "drums": LEVEL["drums"] - genre.softer}
+    parts = [Part(programs[band[r]], r == "drums", notes[r], levels[r], pan[r]) for r in band]
     labels = {"genre": name, "instruments": ";".join(band.values()), "key": key.name,
               "bpm": 60 * RATE / (HOP * beat), "beat_frames": beat, "beats_per_bar": BEATS, "first_beat": 0,
               "bars": bars, "chords": " ".join(c.symbol for c in chords), "playing": " ".join(playing)}

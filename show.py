@@ -52,8 +52,9 @@ class Tape:
         """Up to `count` samples from `first` on, or from the oldest one kept: (its position, bytes)."""
         with self.more:
             first = max(first, self.end - len(self.ring), 0)
-            rows = np.arange(first, min(self.end, first + count)) % len(self.ring)
-            return first, self.ring[rows].tobytes()
+            begin = first % len(self.ring)
+            end = begin + max(0, min(self.end - first, count))
+            return first, self.ring[begin:end].tobytes() + self.ring[:max(0, end - len(self.ring))].tobytes()
 
     def wav(self):
         """The set so far as a WAV: its size in bytes, and an iterator of its pieces."""
