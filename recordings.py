@@ -3,6 +3,7 @@
 Files are read by libsndfile and, where that fails or stops early, by ffmpeg, if it is installed. A file of
 any length is decoded and resampled piece by piece, so an hour takes no more memory than a minute; the pieces
 overlap by what the filter sees, so the result is that of the whole file. `read_audio` is the one way in. """
+import contextlib
 import mmap
 import os
 import re
@@ -30,6 +31,7 @@ LARGEST_PIECE = 2 ** 20                                     # but of many channe
 TOLERANCE = 0.25                                            # seconds: headers promise a little too much
 LOUDEST = 2.0                                               # times full scale: what mixes in float may reach
 PATIENCE = 8                                                # seconds: ffmpeg looks through nonsense for ever
+MOST_MISTAKEN = 100_000                                     # a cover picture of 10 MB has 3000 "MPEG frames"
 
 
 # -------------------------------------------------------------------------------- reading
@@ -191,18 +193,13 @@ def through_ffmpeg(file, options, strict):
         [*FFMPEG, *options, "-i", f"file:{file}", "-map", "0:a:0", "-f", "wav", "-c:a", "pcm_f32le",
          "-bitexact", "pipe:1"],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints)
-    late = threading.Timer(PATIENCE, process.kill)
-    late.start()
     try:
-        rate, channels, mask = wav_header(process.stdout)
+        with patience(process):
+            rate, channels, mask = wav_header(process.stdout)
     except struct.error:                                    # nothing, or not enough
         process.stdout.close()
-        if process.wait() == -9:                            # killed
-            raise CannotRead(f"ffmpeg: finds no audio in it in {PATIENCE} s") from None
         check_ffmpeg(process, complaints, strict=True)
         raise CannotRead("ffmpeg: no audio in it") from None
-    finally:
-        late.cancel()
     places = [place for bit, place in enumerate(MASK_PLACES) if mask >> bit & 1]
     if len(places) != channels or mask >> len(MASK_PLACES):
         places = usual_speakers(channels)
@@ -230,13 +227,38 @@ def ffmpeg_pieces(process, complaints, rate, channels, strict):
     frame = 4 * channels                                    # bytes
     size = frames_of_piece(rate, channels) * frame
     try:
-        while raw := process.stdout.read(size):
+        while True:
+            with patience(process):
+                raw = process.stdout.read(size)
+            if strict and os.fstat(complaints.fileno()).st_size:
+                process.kill()                              # one complaint is enough
+                break
+            if not raw:
+                break
             yield np.frombuffer(raw[:len(raw) // frame * frame], "<f4").reshape(-1, channels)
         check_ffmpeg(process, complaints, strict)
     finally:                                                # the caller may have gone before the end
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@contextlib.contextmanager
+def patience(process):
+    """Kill the process when what is inside takes longer than PATIENCE seconds; raises CannotRead then."""
+    killed = threading.Event()
+
+    def kill():
+        killed.set()
+        process.kill()
+    late = threading.Timer(PATIENCE, kill)
+    late.start()
+    try:
+        yield
+    finally:
+        late.cancel()
+        if killed.is_set():
+            raise CannotRead(f"ffmpeg: no audio for {PATIENCE} s")
 
 
 def check_ffmpeg(process, complaints, strict):
@@ -503,7 +525,8 @@ def mpeg_length(data):
     promised = 0.0
     trimmed = 0.0                                           # what encoders add in front and behind
     at = 0
-    while at + 4 <= len(data):
+    mistaken = 0                                            # what looked like frames
+    while at + 4 <= len(data) and mistaken < MOST_MISTAKEN:
         if data[at:at + 3] == b"ID3" and at + 10 <= len(data):
             a, b, c, d = data[at + 6:at + 10]
             at += 10 + (a << 21 | b << 14 | c << 7 | d)
@@ -518,6 +541,7 @@ def mpeg_length(data):
             at += size
         else:
             at = next_mpeg(data, at + 1)
+            mistaken += 1
     return Length(max(0.0, seconds - trimmed) or None, promised if promised > seconds else 0.0)
 
 
