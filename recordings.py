@@ -31,6 +31,7 @@ LARGEST_PIECE = 2 ** 20                                     # but of many channe
 TOLERANCE = 0.25                                            # seconds: headers promise a little too much
 LOUDEST = 2.0                                               # times full scale: what mixes in float may reach
 PATIENCE = 8                                                # seconds: ffmpeg looks through nonsense for ever
+MOST_CHUNKS = 100_000                                       # of a WAV
 MOST_MISTAKEN = 100_000                                     # a cover picture of 10 MB has 3000 "MPEG frames"
 
 
@@ -423,7 +424,9 @@ def wav_length(data):
     at = 12
     seconds = 0.0
     bytes_per_second = 0
-    while at + 8 <= len(data):
+    for _ in range(MOST_CHUNKS):
+        if at + 8 > len(data):
+            break
         name, size = struct.unpack_from("<4sI", data, at)
         start, end = at + 8, at + 8 + size
         if name == b"fmt " and end <= len(data) and size >= 16:
