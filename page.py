@@ -114,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
             answer, position = self.server.show.say(line)
         except UserError as error:
             return self.send_error(400, str(error))
-        print(f"{self.client_address[0]}: {answer}", file=sys.stderr)
+        say(f"{self.client_address[0]}: {answer}")
         self.answer(200, "application/json", json.dumps(dict(answer=answer, position=position)).encode())
 
     def refuse(self):

@@ -3,7 +3,6 @@
 Files are read by libsndfile and, where that fails or stops early, by ffmpeg, if it is installed. A file of
 any length is decoded and resampled piece by piece, so an hour takes no more memory than a minute; the pieces
 overlap by what the filter sees, so the result is that of the whole file. `read_audio` is the one way in. """
-import contextlib
 import mmap
 import os
 import re
@@ -195,8 +194,7 @@ def through_ffmpeg(file, options, strict):
          "-bitexact", "pipe:1"],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints)
     try:
-        with patience(process):
-            rate, channels, mask = wav_header(process.stdout)
+        rate, channels, mask = with_patience(process, wav_header, process.stdout)
     except struct.error:                                    # nothing, or not enough
         process.stdout.close()
         check_ffmpeg(process, complaints, strict=True)
@@ -228,13 +226,9 @@ def ffmpeg_pieces(process, complaints, rate, channels, strict):
     frame = 4 * channels                                    # bytes
     size = frames_of_piece(rate, channels) * frame
     try:
-        while True:
-            with patience(process):
-                raw = process.stdout.read(size)
+        while raw := with_patience(process, process.stdout.read, size):
             if strict and os.fstat(complaints.fileno()).st_size:
                 process.kill()                              # one complaint is enough
-                break
-            if not raw:
                 break
             yield np.frombuffer(raw[:len(raw) // frame * frame], "<f4").reshape(-1, channels)
         check_ffmpeg(process, complaints, strict)
@@ -244,9 +238,9 @@ def ffmpeg_pieces(process, complaints, rate, channels, strict):
         process.stdout.close()
 
 
-@contextlib.contextmanager
-def patience(process):
-    """Kill the process when what is inside takes longer than PATIENCE seconds; raises CannotRead then."""
+def with_patience(process, read, *args):
+    """read(*args) of what ffmpeg writes. When that takes longer than PATIENCE seconds ffmpeg is killed, and
+    CannotRead raised."""
     killed = threading.Event()
 
     def kill():
@@ -255,10 +249,12 @@ def patience(process):
     late = threading.Timer(PATIENCE, kill)
     late.start()
     try:
-        yield
+        return read(*args)
     finally:
         late.cancel()
         if killed.is_set():
+            process.wait()                                  # else it would stay as a zombie
+            process.stdout.close()
             raise CannotRead(f"ffmpeg: no audio for {PATIENCE} s")
 
 

@@ -4,7 +4,6 @@ One thread makes the music and lays it on the `Tape`; `Show` keeps it a little a
 only read the tape or say a line. Everything is counted in samples from the start of the set, so whoever was
 cut off asks for the sample that was next, and all listeners hear the same. """
 import io
-import sys
 import tempfile
 import threading
 import time
@@ -12,7 +11,7 @@ import time
 import numpy as np
 
 from audio import WavWriter, decoder_margin, pcm
-from common import UserError, reason_of
+from common import UserError, reason_of, say
 from live import Setting, parse_line
 from stage import Fade
 
@@ -44,8 +43,7 @@ class Tape:
                     self.recorded += len(samples)
             except OSError as error:    # the music goes on
                 self.full = True
-                print(f"the recording ends after {self.recorded / self.rate:.1f} s: {reason_of(error)}",
-                      file=sys.stderr)
+                say(f"the recording ends after {self.recorded / self.rate:.1f} s: {reason_of(error)}")
             self.more.notify_all()
 
     def read(self, first, count):
@@ -166,7 +164,7 @@ class Show:
         with self.control.lock:
             lines = self.pace.hand_out(len(samples), self.control.said, self.block_samples())
         for line in [late, *lines] if late else lines:
-            print(line, file=sys.stderr)
+            say(line)
 
     def rest(self, stopping):
         """Wait until all that was made is heard, and for /start or the end."""
