@@ -21,7 +21,6 @@ import ctypes.util
 import os
 import random
 import re
-import sys
 import zlib
 from functools import lru_cache
 from itertools import count
@@ -33,7 +32,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from common import (UserError, leave_signals, positive_finite, random_seed, run, whole, writable,
+from common import (UserError, leave_signals, positive_finite, random_seed, run, say, whole, writable,
                     write_whole)
 from model import PRESETS
 
@@ -640,7 +639,7 @@ def main():
     with Pool(args.workers, leave_signals) as pool:
         for _ in tqdm(pool.imap_unordered(write_piece, jobs), total=len(jobs), unit="piece"):
             pass
-    print(f"{len(planned)} pieces in {out}, {len(jobs)} of them new", file=sys.stderr)
+    say(f"{len(planned)} pieces in {out}, {len(jobs)} of them new")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The music of `nano.pt`: public-domain scores (Bach chorales) -> audio and prompts, for `python nano.py
-data`.
+"""The music of the first small model, a marimba (docs/marimba.md): public-domain scores (Bach chorales) ->
+audio and prompts, for `python nano.py data`.
 
 Each chorale is moved to C major or A minor, played note for note or broken into arpeggios, and put together
 from the notes of a synthesizer's instrument. Needs fluidsynth with its General MIDI soundfont (Debian:
@@ -10,7 +10,6 @@ import random
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 from multiprocessing import Pool
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from common import UserError, leave_signals
+from common import UserError, leave_signals, say
 from library import split
 from model import PRESETS
 
@@ -162,8 +161,8 @@ def make_data(args):
         for row in pool.imap(render, jobs):
             if row:
                 rows.append(row)
-                print(f"{len(rows):4d} {row[0]}: {row[1]}", file=sys.stderr)
+                say(f"{len(rows):4d} {row[0]}: {row[1]}")
     with open(folder / "metadata.csv", "w", newline="") as f:
         csv.writer(f).writerows([("file_name", "text"), *rows])
     hours = sum(soundfile.info(folder / name).duration for name, _ in rows) / 3600
-    print(f"{len(rows)} tracks, {hours:.2f} h in {folder}, {time.time() - started:.0f} s", file=sys.stderr)
+    say(f"{len(rows)} tracks, {hours:.2f} h in {folder}, {time.time() - started:.0f} s")

@@ -21,7 +21,6 @@ begins at TIME or later, so the same lines at the same stream times give the sam
 `Control` takes such lines from any thread and tells `sample.stream` before each block what has changed. """
 import math
 import re
-import sys
 import threading
 import time
 import unicodedata
@@ -29,7 +28,7 @@ from collections import deque
 from functools import partial
 from typing import NamedTuple
 
-from common import UserError
+from common import UserError, say
 from controls import BEATS_A_BAR, GIVES, chord_channels, chord_notes, given_of
 from model import Cond, words_of
 
@@ -279,7 +278,7 @@ def known_words(model, prompt):
     """The prompt without what its text encoder cannot use, which is named on standard error."""
     kept, note = words_read(model, prompt)
     if note:
-        print(note, file=sys.stderr)
+        say(note)
     return kept
 
 
@@ -474,7 +473,7 @@ class Control:
             try:
                 channels = next(sketched.blocks, None)      # waits, where the recording is still being made
             except UserError as error:                      # the music goes on
-                print(error, file=sys.stderr)
+                say(error)
                 channels = None
             if channels is None:
                 with self.lock:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data
 from audio import decode_stream, decoder_margin, encode_chunks, pcm
 from common import (PRECISIONS, UserError, check_streams, default_checkpoint, device_of, finite, load,
-                    playing_precision, run, speed, step_count, thread_count, whole, writable)
+                    playing_precision, run, say, speed, step_count, thread_count, whole, writable)
 from controls import Given, steady_beat
 from figures import (BEAT_ERROR, HOP, NEAR_BEAT, brightness, chroma_change, chroma_correlation, features,
                      frechet, genre_features, key_obeyed, key_of, level, log_mel, nearest_genre, offsets_of,
@@ -204,7 +204,7 @@ def picture(path, sounds, rate, seconds=15):
     pyplot.tight_layout()
     pyplot.savefig(path, dpi=90)
     pyplot.close()
-    print(f"-> {path}", file=sys.stderr)
+    say(f"-> {path}")
 
 
 # -------------------------------------------------------------------------------- drift
@@ -307,7 +307,7 @@ def drift_picture(name, rows, window, errors, beside, streams):
     try:
         from matplotlib import pyplot
     except ImportError:
-        print(f"-> {name}.csv (pip install matplotlib for a picture)", file=sys.stderr)
+        say(f"-> {name}.csv (pip install matplotlib for a picture)")
         return
     middles = [row["second"] + window / 2 for row in rows]
     curve = np.array([row["distance"] for row in rows])
@@ -322,7 +322,7 @@ def drift_picture(name, rows, window, errors, beside, streams):
     pyplot.legend(fontsize="small", loc="lower right")
     pyplot.tight_layout()
     pyplot.savefig(f"{name}.png", dpi=100)
-    print(f"-> {name}.csv, {name}.png", file=sys.stderr)
+    say(f"-> {name}.csv, {name}.png")
 
 
 # -------------------------------------------------------------------------------- obedience
@@ -598,7 +598,7 @@ def main():
     dataset = data.prepare(args.data, model, device=args.device)    # the training's own split
     precision = playing_precision(model, args.precision)
     settings = sampling_settings(model, args.steps, args.sampler, args.cfg)
-    print(f"{path}: {model.stage}, {settings}, {precision}", file=sys.stderr)
+    say(f"{path}: {model.stage}, {settings}, {precision}")
     with torch.no_grad():
         if args.obey:
             (follow if args.sketch else obey)(model, dataset, args)

@@ -33,7 +33,7 @@ from torchaudio.functional import melscale_fbanks
 import controls
 from chorales import make_data
 from common import (UserError, finite, load, not_negative, positive_finite, random_seed, read_checkpoint,
-                    run, save, save_whole, speed, step_count, thread_count, whole, writable)
+                    run, save, save_whole, say, speed, step_count, thread_count, whole, writable)
 from figures import log_spectral_distance
 from library import audio_files, split
 from model import LMDM, PRESETS, ResidualUnit, SnakeBeta
@@ -43,7 +43,7 @@ from training import average_gradients, micro_rows, start_processes
 
 RATE = PRESETS["nano"].sample_rate
 # what a model finetuned from nano.pt plays best with: it needs guidance
-AFTER_FINETUNING = dict(steps=16, cfg=4.5, sampler="euler")
+AFTER_FINETUNING = dict(steps=8, cfg=3.5, sampler="dpmpp")
 WAVEFORM = 5                                                # weight of the waveform's error in the loss
 RESOLUTIONS = 4096, 2048, 1024, 512, 256                    # samples of its spectra
 
@@ -404,22 +404,16 @@ def train_autoencoder(args):
         for tensor in autoencoder.state_dict().values():
             dist.broadcast(tensor, 0)
 
-    def say(text):
-        if not rank:
-            print(text, file=sys.stderr, flush=True)
-
-    def report():
-        distance, ratio = validate_autoencoder(autoencoder, held_out)
-        say(f"step {step} held out: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB -> {out}")
-
     def write():
         if not rank:
             save_whole({"codec": codec.state(), "critic": critic.state(), "step": step}, state)
             save(model, out, step, " ".join(["nano.py", *sys.argv[1:]]), torch.float16)
-            report()
+            distance, ratio = validate_autoencoder(autoencoder, held_out)
+            say(f"step {step} held out: log-spectral distance {distance:.2f} dB, SNR {ratio:.1f} dB -> {out}")
     millions = sum(p.numel() for p in codec.parameters) / 1e6
-    say(f"{millions:.1f} M parameters to train, {hop} samples a frame; {len(train)} tracks, "
-        f"{len(held_out)} held out; from step {step} of {args.steps}, {world} processes, {device.type}")
+    if not rank:
+        say(f"{millions:.1f} M parameters to train, {hop} samples a frame; {len(train)} tracks, "
+            f"{len(held_out)} held out; from step {step} of {args.steps}, {world} processes, {device.type}")
     if step == 0:
         write()
 
@@ -433,7 +427,7 @@ def train_autoencoder(args):
             noise *= args.noise * torch.rand(args.batch, 1, 1, generator=generator)
         figures = autoencoder_step(codec, critic, audio, noise[rows].to(device), args, step, world)
         step += 1
-        if step % 50 == 0:
+        if step % 50 == 0 and not rank:
             pace = (time.time() - clock) / (step - began)
             say(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
                 + f", {pace:.2f} s a step")
@@ -494,12 +488,13 @@ def pack(args):
             raise UserError(f"the encoder of {args.autoencoder} is not the one that {args.ckpt} "
                             "was trained with")
         model.autoencoder.decoder = newest.decoder
-    model.sampling = dict(steps=args.steps, cfg=args.cfg, sampler=args.sampler, prompt=args.prompt,
+    model.sampling = dict(steps=args.steps, cfg=args.cfg, sampler=args.sampler,
+                          prompt=args.prompt or model.sampling.get("prompt", ""),
                           int8=args.int8, finetuned=AFTER_FINETUNING, words=model.sampling.get("words", []))
     saved = read_checkpoint(args.ckpt)
     save(model, args.out, saved["step"], f"{saved['made']}; {' '.join(['nano.py', *sys.argv[1:]])}",
          torch.float16)
-    print(f"-> {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB", file=sys.stderr)
+    say(f"-> {args.out}, {os.path.getsize(args.out) / 1e6:.1f} MB")
 
 
 # -------------------------------------------------------------------------------- the whole recipe
@@ -544,12 +539,12 @@ def follow(args):
     with."""
     for command in commands(QUICK if args.quick else FULL, args.folder, args.music):
         script, *options = shlex.split(command)
-        print(f"$ python {command}", file=sys.stderr, flush=True)
+        say(f"$ python {command}")
         began = time.time()
         done = subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *options])
         if done.returncode:
             raise UserError(f"the recipe ends here: {script} failed; mend it and run the same again")
-        print(f"{time.time() - began:.0f} s", file=sys.stderr)
+        say(f"{time.time() - began:.0f} s")
 
 
 # -------------------------------------------------------------------------------- command line
@@ -611,7 +606,7 @@ def parser():
     s.add_argument("--sampler", choices=SAMPLERS, default="dpmpp")
     s.add_argument("--int8", action="store_true",
                    help="recommend int8 on CPUs: measure.py --precision int8 gave the same figures")
-    s.add_argument("--prompt", default="moderate arpeggios in C major on marimba")
+    s.add_argument("--prompt", help="what is played when nothing is said (default: the checkpoint's own)")
     s.set_defaults(run=pack)
     return p
 

@@ -9,16 +9,15 @@
 
 What goes out, when the beat is heard: /beat NUMBER BAR PLACE, all counted from 1.
 
-Max, SuperCollider, TouchOSC, DAWs and `oscsend` speak it; here python-osc reads and writes the packets. """
+Max, SuperCollider, TouchOSC, DAWs and `oscsend` speak it; here python-osc reads and writes the packets."""
 import math
 import re
 import socket
-import sys
 import threading
 import time
 from collections import deque
 
-from common import UserError, reason_of
+from common import UserError, reason_of, say
 from controls import BEATS_A_BAR
 
 WAIT = 0.002                                                # seconds between two looks at the clock
@@ -53,8 +52,8 @@ def line_of(address, values):
     return " ".join([address, *(f'"{text}"' if " " in text else text for text in texts)])
 
 
-def serve(say, port, host="127.0.0.1"):
-    """Take commands at a UDP port, in a thread of its own: say(line) gives a reply or raises UserError.
+def serve(command, port, host="127.0.0.1"):
+    """Take commands at a UDP port, in a thread of its own: command(line) gives a reply or raises UserError.
 
     What cannot be read or played is one line on standard error. Port 0 takes any that is free. Returns the
     port. Raises UserError."""
@@ -71,21 +70,21 @@ def serve(say, port, host="127.0.0.1"):
                 packet, _ = server.recvfrom(2 ** 16)
                 messages = osc_packet.OscPacket(packet).messages
             except Exception as error:    # python-osc raises many types for a packet that is none
-                print(f"OSC: a packet that cannot be read ({reason_of(error)})", file=sys.stderr)
+                say(f"OSC: a packet that cannot be read ({reason_of(error)})")
                 continue
             for timed in messages:
-                obey(say, timed.message)
+                obey(command, timed.message)
     threading.Thread(target=listen, name="osc", daemon=True).start()
     return server.getsockname()[1]
 
 
-def obey(say, message):
+def obey(command, message):
     try:
         line = line_of(message.address, message.params)
         if line is not None:
-            print(f"OSC: {say(line)}", file=sys.stderr)
+            say(f"OSC: {command(line)}")
     except UserError as error:
-        print(f"OSC: {error}", file=sys.stderr)
+        say(f"OSC: {error}")
 
 
 # -------------------------------------------------------------------------------- beats out
