@@ -1,7 +1,7 @@
 """Play from a browser: a server of the standard library, and page.html.
 
     python page.py                                          # then open http://127.0.0.1:8000
-    python page.py --port 9000 --osc 9001 --ckpt nano.pt --prompt "reggae, drums, electric bass, organ, C major"
+    python page.py --port 9000 --osc 9001 --ckpt nano.pt --prompt "reggae, organ, C major"
 
 The music is made in the main thread, by what sample.py plays with. Each request has a thread of its own,
 which only reads the tape of the set (show.py) or says a line.
