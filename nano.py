@@ -3,9 +3,8 @@
     python nano.py recipe --quick               # a band of eleven genres, all stages, little of everything
     python nano.py recipe --music MUSIC ...     # in full; MUSIC: recordings that its autoencoder shall know
 
-Its stages are `commands`. `nano.pt`, the marimba that ships here, was made by other ones (docs/nano.md):
-`nano.py data` (scores to audio, in chorales.py), `nano.py autoencoder`, finetune.py, arc_forcing.py,
-`nano.py pack`.
+Its stages are `commands`. docs/nano.md says how `nano.pt`, which ships here, departs from them, and
+docs/marimba.md how the model before it was made, from the audio of `nano.py data`.
 
 Two CPU cores share the autoencoder with `OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 nano.py autoencoder
 --threads 1`.
@@ -504,13 +503,16 @@ class Sizes(NamedTuple):
     note_hours: float                                       # of random notes, for the autoencoder
     autoencoder: str                                        # options of its training
     dit: str                                                # options of the DiT's
-    decoder: str                                            # options of the decoder's, afterwards
+    arc: str                                                # options of ARC-Forcing
+    decoder: str                                            # options of the decoder's training, at the end
 
 
 FULL = Sizes(24, 5, "--steps 8000 --batch 32 --crop 32768", "--steps 20000 --batch 32",
+             "--g-warmup 300 --on-policy 240 --d-warmup 40 --steps 160",
              "--steps 4000 --batch 16 --crop 32768")
 QUICK = Sizes(0.5, 0.1, "--steps 120 --batch 8 --crop 16384 --every 60",
               "--steps 120 --batch 8 --every 60 --validation-crops 8 --sample-every 0",
+              "--g-warmup 4 --on-policy 2 --d-warmup 2 --steps 4 --batch 4 --sample-every 0",
               "--steps 40 --batch 8 --crop 16384 --every 20")
 
 
@@ -518,20 +520,24 @@ def commands(sizes, folder, music):
     """The recipe: what is run one after the other, each a script of this repository and its options.
 
     folder: for everything that is made; music: folders of further recordings for the autoencoder."""
-    begun = Path(folder, "dit.pt").exists()
+    begun = {name for name in ("dit", "arc") if Path(folder, f"{name}.pt").exists()}
     folder = shlex.quote(folder)
     pieces, notes = f"{folder}/band", f"{folder}/notes"
-    codec, decoder, dit = (f"{folder}/{name}.pt" for name in ("codec", "decoder", "dit"))
+    codec, dit, arc, decoder = (f"{folder}/{name}.pt" for name in ("codec", "dit", "arc", "decoder"))
     sounds = " ".join([pieces, notes, *map(shlex.quote, music)])
-    resume = "--resume" if begun else f"--init {codec}"
+    dit_from = "--resume" if "dit" in begun else f"--init {codec}"
+    arc_from = "--resume" if "arc" in begun else f"--init {dit} --base none"
     return [f"band.py {pieces} --keys few --hours {sizes.hours}",
             f"band.py {notes} --kind notes --hours {sizes.note_hours}",
             f"nano.py autoencoder --encoder --data {sounds} --out {codec} {sizes.autoencoder}",
-            f"finetune.py {resume} --data {pieces} --out {dit} --causal --muon --lr 1.5e-3 --lr-end 3e-5 "
+            f"finetune.py {dit_from} --data {pieces} --out {dit} --causal --muon --lr 1.5e-3 --lr-end 3e-5 "
             f"--warmup 50 --shift 1 --ema 0.995 --tag-dropout 0.3 {sizes.dit}",
+            f"arc_forcing.py {arc_from} --out {arc} --most 4 --teacher-steps 12 --teacher-cfg 5 "
+            f"--warmup-lr 1.5e-4 --lr 1e-5 --d-lr 5e-5 {sizes.arc}",
             f"nano.py autoencoder --init {codec} --adversary 0.1 --data {sounds} --out {decoder} "
             f"{sizes.decoder}",
-            f"nano.py pack --ckpt {dit} --autoencoder {decoder} --out {folder}/nano.pt --steps 8 --cfg 3"]
+            f"nano.py pack --ckpt {dit} --arc {arc} --autoencoder {decoder} --out {folder}/nano.pt "
+            "--steps 6 --cfg 3 --int8"]
 
 
 def follow(args):

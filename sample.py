@@ -25,7 +25,7 @@ from live import Turn, known_words, prompt_encoder
 from model import NO_BLOCKS, Cond, Numbered, add_noise, alpha_sigma, denoise, forget_t5, schedule
 from options import SAMPLERS, check, default_seconds, parse
 from stage import (Delivery, Listening, Pace, Sound, Stopping, Typing, audio_from, control_of,
-                   first_signal_sets, load_state, save_state, take_line)
+                   first_signal_sets, load_state, make_room, save_state, take_line)
 
 GUIDED_BLOCKS = 2                                           # after a change of prompt, by "pingpong++"
 GUIDANCE = 0.7                                              # of these: 1 is the conditional model alone
@@ -559,6 +559,8 @@ def main():
     say(plan + "; type a prompt, or a /command, and press Enter" * args.live)
     target = args.out or "standard output"
     writer = open_output(args.out, c.sample_rate, c.audio_channels, samples)
+    if args.realtime and args.out is None:
+        make_room(sys.stdout.fileno(), math.ceil(args.realtime * c.sample_rate) * 2 * c.audio_channels)
     bar = tqdm(total=samples and samples / c.sample_rate, unit="s", unit_scale=True, file=sys.stderr,
                disable=args.live or None, bar_format="{l_bar}{bar}| {n:.0f} s, {rate_fmt}")
     if args.compile and args.device != "cpu":

@@ -251,6 +251,16 @@ def first_signal_sets(stopping):
                 signal.signal(number, handler)
 
 
+def make_room(pipe, size):
+    """Let a pipe hold `size` bytes, where the system can (Linux, up to 1 MiB). It holds 64 KiB otherwise, a
+    third of a second: whoever wants to be further ahead has to wait for the player."""
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import fcntl
+        size = min(size, 1 << 20)
+        if fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ) < size:    # an OSError: it is no pipe
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, size)
+
+
 class Delivery:
     """Hands audio out, each part as soon as the listener's clock allows, and fades out after Ctrl-C and after
     /stop."""

@@ -2951,6 +2951,22 @@ def test_realtime_says_how_soon(tiny_file, tmp_path, call, monkeypatch):
     assert np.array_equal(samples_in(tmp_path / "a.wav"), samples_in(tmp_path / "b.wav"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="pipes have their size")
+def test_a_pipe_has_room_for_the_lead(tmp_path):
+    """So much can be written although nobody reads. It never becomes smaller; a file is left alone."""
+    end, begin = os.pipe()
+    os.set_blocking(begin, False)
+    stage.make_room(begin, 200_000)
+    stage.make_room(begin, 1000)
+    assert os.write(begin, bytes(200_000)) == 200_000
+    stage.make_room(begin, 1 << 30)
+    assert fcntl.fcntl(begin, fcntl.F_GETPIPE_SZ) == 1 << 20
+    for opened in end, begin:
+        os.close(opened)
+    with open(tmp_path / "file", "wb") as file:
+        stage.make_room(file.fileno(), 1 << 17)
+
+
 def echo(predict, x, *args):
     """In place of `denoise_block`: the block finished last, once more. It fills the cache as that does."""
     predict(x, torch.tensor(0.5))
@@ -4946,21 +4962,24 @@ def test_plan_holds_prompts_out_and_is_the_same_again(tmp_path):
 
 @pytest.mark.parametrize("sizes", [nano.FULL, nano.QUICK])
 def test_the_recipe_is_made_of_commands_that_the_scripts_understand(sizes, tmp_path, monkeypatch):
-    """Each with its stage, in the order in which one needs the other; a folder with a space in its name, and
-    a DiT that was begun, is gone on with."""
+    """Each with its stage, in the order in which one needs the other; a folder with a space in its name. What
+    was begun is gone on with."""
     folder = str(tmp_path / "my nano")
     lines = [shlex.split(line) for line in nano.commands(sizes, folder, ["my music"])]
-    assert [line[0] for line in lines] == ["band.py", "band.py", "nano.py", "finetune.py", "nano.py", "nano.py"]
-    codec, dit, decoder, pack = lines[2:]
+    assert [line[0] for line in lines] == ["band.py", "band.py", "nano.py", "finetune.py", "arc_forcing.py",
+                                           "nano.py", "nano.py"]
+    codec, dit, arc, decoder, pack = lines[2:]
     codec, decoder, pack = (nano.parser().parse_args(line[1:]) for line in (codec, decoder, pack))
-    dit = finetune.parser().parse_args(dit[1:])
+    dit, arc = finetune.parser().parse_args(dit[1:]), arc_forcing.parser().parse_args(arc[1:])
     assert codec.data == [f"{folder}/band", f"{folder}/notes", "my music"] == decoder.data
-    assert dit.init == codec.out == decoder.init and pack.ckpt == dit.out and pack.autoencoder == decoder.out
-    assert codec.encoder and not decoder.encoder and not dit.resume
+    assert dit.init == codec.out == decoder.init and arc.init == pack.ckpt == dit.out
+    assert pack.arc == arc.out and pack.autoencoder == decoder.out
+    assert codec.encoder and not decoder.encoder and not dit.resume and not arc.resume
     Path(dit.out).parent.mkdir()
-    Path(dit.out).touch()
-    resumed = finetune.parser().parse_args(shlex.split(nano.commands(sizes, folder, [])[3])[1:])
-    assert resumed.resume and resumed.out == dit.out
+    for script, number, first in (finetune, 3, dit), (arc_forcing, 4, arc):
+        Path(first.out).touch()
+        resumed = script.parser().parse_args(shlex.split(nano.commands(sizes, folder, [])[number])[1:])
+        assert resumed.resume and resumed.out == first.out
 
 
 def test_band_names_what_is_wrong(tmp_path, monkeypatch):
