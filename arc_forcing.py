@@ -131,7 +131,7 @@ class Discriminator(nn.Module):
     def trained(self, phase):
         """Parameters that the optimizer of a phase moves: exactly those that get gradient, or weight decay
         would shrink the others."""
-        idle = ["dit.context_in.", "conditioner.proj_out."]
+        idle = ["dit.context_in.", "dit.beat_in.", "conditioner.proj_out."]
         if phase == "warm D":
             idle += ["norm.", "project.", "head."]
         else:
@@ -246,10 +246,12 @@ class Batch(NamedTuple):
                              with_beat=self.with_beat.to(device), noise=self.noise.to(device),
                              uniform=self.uniform.to(device), draw=draw)
 
-    def beats(self, config):
-        """Where the rolled-out blocks begin in the bar, (B, blocks, 18): see `data.beats_at`."""
-        blocks = range(config.context_blocks, self.latents.shape[-1] // config.block)
-        beats = data.beats_at(self.starts, blocks, config)
+    def beats(self, config, blocks=None):
+        """Where blocks after the context begin in the bar, (B, blocks, 18): see `data.beats_at`. blocks: how
+        many (None: as many as the crops have)."""
+        first = config.context_blocks
+        end = self.latents.shape[-1] // config.block if blocks is None else first + blocks
+        beats = data.beats_at(self.starts, range(first, end), config)
         return None if beats is None else beats.to(self.latents.device) * self.with_beat
 
 
@@ -388,11 +390,11 @@ def sums_of(**values):
 
 # -------------------------------------------------------------------------------- G's own streams
 def pick_up(streams, items, prime, prompts, starts, restart):
-    """The contexts, prompts and starts that the items' own streams have got to: (B, C, context), two lists.
+    """Where each item's own stream stands: contexts (B, C, context), prompts, starts.
 
-    streams: {item: (context (C, context), prompt, (beats or None, frame where the context begins))}. A stream
-    begins from prime, prompts and starts where there is none yet, and where restart, of the whole batch, is
-    true."""
+    streams: {item: (context (C, context), prompt, (beats or None, frame where the context begins))}. An item
+    that has none yet, or whose flag in restart (one for each of the whole batch) is set, begins with its row
+    of prime, prompts and starts."""
     new = dict(zip(items, zip(prime.cpu(), prompts, starts)))
     states = [new[item] if restart[item] else streams.get(item, new[item]) for item in items]
     contexts, prompts, starts = zip(*states)
@@ -407,7 +409,7 @@ def continue_streams(model, batch, items, restart, streams, setting):
     c = model.config
     prime, prompts, starts = pick_up(streams, items, batch.latents[..., :c.context], batch.prompts,
                                      batch.starts, restart)
-    beats = batch._replace(starts=starts).beats(c)
+    beats = batch._replace(starts=starts).beats(c, OWN_BLOCKS)
     ks = [len(setting.levels)] * OWN_BLOCKS
     with setting.precision(), torch.no_grad():
         prompt = model.dit.encode_prompt(condition(model, setting.texts, prompts, setting.device))
@@ -493,12 +495,13 @@ def parser():
     p.add_argument("--rollout", type=whole, default=4, help="blocks that G plays in a row")
     p.add_argument("--most", type=step_count, default=8,
                    help="denoising steps of a block: drawn from 1 to this, and what the result plays with")
-    p.add_argument("--steps", type=whole, default=2000, help="of the game, half of them D's, half G's")
+    p.add_argument("--steps", type=whole, default=2000,
+                   help="steps of the game, half of them D's, half G's")
     p.add_argument("--batch", type=whole, default=8,
                    help="rollouts per step, over all processes and accumulations")
     p.add_argument("--accumulate", type=whole, default=1, help="backward passes per step")
-    p.add_argument("--lr", type=positive_finite, default=1e-6, help="of G")
-    p.add_argument("--d-lr", type=positive_finite, default=1e-6, help="of D")
+    p.add_argument("--lr", type=positive_finite, default=1e-6, help="learning rate of G in the game")
+    p.add_argument("--d-lr", type=positive_finite, default=1e-6, help="learning rate of D in the game")
     p.add_argument("--clip", type=not_negative, default=1.0, help="largest gradient norm, 0 for no clipping")
     p.add_argument("--seed", type=random_seed, default=0)
     # before the game
@@ -506,12 +509,12 @@ def parser():
     p.add_argument("--g-warmup", type=whole_or_zero, default=0,
                    help="steps of G on the finetuned model's own trajectories")
     p.add_argument("--on-policy", type=whole_or_zero, default=0,
-                   help="so many of those steps, the last, continue G's own streams and not music")
-    p.add_argument("--warmup-lr", type=positive_finite, default=5e-5, help="of both, falling to 0")
+                   help="so many of G's warm-up steps, the last, continue its own streams and not music")
+    p.add_argument("--warmup-lr", type=positive_finite, default=5e-5,
+                   help="learning rate of both warm-ups, falling to 0")
     p.add_argument("--teacher-steps", type=step_count,
-                   help="steps of those trajectories (default: as --init plays)")
-    p.add_argument("--teacher-cfg", type=finite,
-                   help="guidance of those trajectories (default: as --init plays)")
+                   help="denoising steps of the finetuned model in G's warm-up (default: as --init plays)")
+    p.add_argument("--teacher-cfg", type=finite, help="its guidance there (default: as --init plays)")
     # reports
     p.add_argument("--every", type=whole, default=50, help="steps between checkpoints")
     p.add_argument("--sample-every", type=whole_or_zero, default=500,
@@ -658,6 +661,8 @@ def main():
     trained, optimizers = start_optimizers(model, critic, args)
     done = dict.fromkeys(PHASES, 0) if saved is None else dict(saved["done"])       # steps made in each phase
     streams = {} if saved is None else dict(saved.get("streams", {}))
+    if texts is not None:                                   # not those of prompts that are no longer there
+        streams = {item: stream for item, stream in streams.items() if stream[1] in texts}
     teacher = None
     if done["warm G"] < args.g_warmup:
         teacher, teacher_levels, teacher_cfg = start_teacher(args, c, device)

@@ -36,8 +36,8 @@ NOTES = {}    # {instrument: {pitch: int16 (samples, 2)}}, per worker
 
 
 def read_chorale(path):
-    """A chorale of music21's corpus, moved to C major or A minor -> (key name, beats, notes [(beat, pitch,
-    voice)])."""
+    """A chorale of music21's corpus, moved to C major or A minor -> (key name, beats, notes [(beat, length in
+    beats, pitch, voice)]), or None where it has not four parts."""
     from music21 import corpus
     score = corpus.parse(path)
     parts = list(score.parts)
@@ -48,16 +48,16 @@ def read_chorale(path):
     notes = [(float(n.getOffsetInHierarchy(part)), float(n.quarterLength), pitch.midi + shift, voice)
              for voice, part in enumerate(parts) for n in part.stripTies().recurse().notes
              for pitch in n.pitches]
-    return "C major" if key.mode == "major" else "A minor", max(start + length for start, length, _,
-                                                                _ in notes), notes
+    beats = max(start + length for start, length, *_ in notes)
+    return "C major" if key.mode == "major" else "A minor", beats, notes
 
 
 def arpeggiate(notes, beats, rng):
     """Break each beat's chord into sixteenths, in two patterns of the piece's own, in turns."""
     out, patterns = [], rng.choices(PATTERNS, k=2)
     for beat in range(int(beats)):
-        chord = sorted({pitch for start, length, pitch,
-                        _ in notes if start < beat + 0.99 and start + length > beat + 0.01})
+        chord = sorted({pitch for start, length, pitch, _ in notes
+                        if start < beat + 0.99 and start + length > beat + 0.01})
         order = [(chord * 4)[i] for i in patterns[beat % 2]] if chord else []
         out += [(beat + i / 4, 1, pitch, 0 if i == 0 else 1) for i, pitch in enumerate(order)]
     return out
@@ -109,8 +109,8 @@ def render(job):
     not four parts."""
     score, index, performance, folder = job
     rng = random.Random(1000 * performance + index)
-    instrument, texture = list(NOTES)[index % len(NOTES)], list(TEXTURES)[(index // len(NOTES)
-                                                                           + performance) % 2]
+    instrument = list(NOTES)[index % len(NOTES)]
+    texture = list(TEXTURES)[(index // len(NOTES) + performance) % 2]
     speed, frames = rng.choice(list(TEXTURES[texture].items()))
     target = folder / f"{index:03d}{chr(97 + performance)}_{texture}_{instrument.replace(' ', '_')}.flac"
     chorale = read_chorale(score)

@@ -58,9 +58,9 @@ class Given(NamedTuple):
     """What is known of a block before it is made: channels that are not the model's to choose, as in
     inpainting.
 
-    values (B, channels, T); mask (channels, 1): True where they are given; until, a tensor of one: the noise
-    level down to which they are. At 0 the block gets just these values, above it the model may stray in its
-    last steps."""
+    values (B, channels, T); mask (channels, 1): True where they are given; until (channels, 1), or one for
+    all: the noise level down to which they are. At 0 the block gets just these values, above it the model may
+    stray in its last steps."""
     values: torch.Tensor
     mask: torch.Tensor
     until: torch.Tensor
@@ -120,8 +120,8 @@ def encode(model, audio):
     latents = model.autoencoder.encode(audio)
     if model.config.channels == model.config.latent_channels:
         return latents
-    sketch = model.sketch_directions @ (features(audio, model.config) - model.sketch_mean[:, None])
-    return torch.cat([latents, sketch], dim=1)
+    sketch = sketch_channels(model, features(audio, model.config))
+    return torch.cat([latents, sketch.to(latents.device)], dim=1)
 
 
 # -------------------------------------------------------------------------------- what a player gives
@@ -158,7 +158,7 @@ def chord_features(name, config):
 
 
 def sketch_channels(model, heard):
-    """Features (84, T) -> the channels of the model's sketch (pitch and level channels, T)."""
+    """Features (..., 84, T) -> the channels of the model's sketch (..., pitch and level channels, T)."""
     return model.sketch_directions @ (heard.to(model.sketch_mean.device) - model.sketch_mean[:, None])
 
 
@@ -166,8 +166,8 @@ def chord_channels(model, names, bpm, bars):
     """Chords, a bar each, over and over -> the sketch's channels of a block that begins after so many
     bars."""
     c = model.config
-    frames = bars + torch.arange(c.block, dtype=torch.float64) / c.frame_rate * bpm / 60 / BEATS_A_BAR
-    chords = (frames + 1e-6).floor().long() % len(names)
+    place = bars + torch.arange(c.block, dtype=torch.float64) / c.frame_rate * bpm / 60 / BEATS_A_BAR   # bars
+    chords = (place + 1e-6).floor().long() % len(names)     # which one each frame has
     columns = torch.stack([chord_features(name, c) for name in names], dim=1)   # (84, chords)
     return sketch_channels(model, columns[:, chords])
 
@@ -178,13 +178,14 @@ def given_of(model, pieces):
     device = model.sketch_mean.device
     values = torch.zeros(1, c.channels, c.block, device=device)
     mask = torch.zeros(c.channels, 1, dtype=torch.bool, device=device)
+    until = torch.zeros(c.channels, 1, device=device)
     level = c.latent_channels + c.pitch_channels
     rows = dict(pitch=slice(c.latent_channels, level), level=slice(level, c.channels),
                 both=slice(c.latent_channels, c.channels))
-    for channels, what, _ in pieces:
+    for channels, what, lowest in pieces:
         whole = torch.zeros(c.channels, c.block, device=device)
         whole[c.latent_channels:] = channels
         values[:, rows[what]] = whole[rows[what]]
         mask[rows[what]] = True
-    until = torch.tensor(max(until for _, _, until in pieces), device=device)
+        until[rows[what]] = lowest
     return Given(values, mask, until)

@@ -94,7 +94,7 @@ class Dataset:
     hours: float
 
 
-READER = 2    # of another version of `read_audio` latents are not taken
+READER = 2    # version of `read_audio`: latents made through another one are made anew
 
 
 def hashed(text):
@@ -113,14 +113,14 @@ def encode_track(file, path, model, tell):
     """Make the latents file at `path` unless it is there. Returns where it is, and its frames. UserError when
     the audio cannot be used.
 
-    A clip that ends with a block, for all we know filled with silence, is kept under a name for blocks of
-    that length alone. tell: called with the seconds encoded so far."""
+    A clip of exactly one block may have been filled up with silence. Its file's name tells the block's length,
+    so that a model with longer blocks makes it anew. tell: called with the seconds encoded so far."""
     config = model.config
     filled = path.with_suffix(f".{config.block}.npy")
     for made in path, filled:
         with contextlib.suppress(OSError, ValueError, EOFError):                # absent or damaged
             frames, channels = np.load(made, mmap_mode="r").shape
-            # else it was long enough for shorter blocks
+            # otherwise it was long enough for shorter blocks only
             if channels == config.channels and frames >= config.block:
                 return made, frames
     parts = []

@@ -128,6 +128,8 @@ def block_weights(absent, config, blocks):
 def without_some(prompt, rng, share):
     """What people leave out: in half of all cases each part of the prompt between commas is dropped with
     this probability, but never all of them."""
+    if not share:
+        return prompt
     parts = prompt.split(",")
     keep = rng.random(len(parts)) >= share * (rng.random() < 0.5)
     return ",".join(part for part, kept in zip(parts, keep) if kept or not keep.any()).strip()
@@ -191,7 +193,7 @@ def parser():
     p.add_argument("--accumulate", type=whole, default=1, help="backward passes per step")
     p.add_argument("--shift", type=finite, default=0.0,
                    help="how far to shift levels towards noise beyond the public models' shift")
-    p.add_argument("--lr", type=positive_finite, default=5e-5)
+    p.add_argument("--lr", type=positive_finite, default=5e-5, help="learning rate")
     p.add_argument("--lr-end", type=not_negative, help="cosine to this at the last step (default: constant)")
     p.add_argument("--warmup", type=whole_or_zero, default=0, help="steps of linear warm-up")
     p.add_argument("--muon", action="store_true",
@@ -294,6 +296,9 @@ def main():
     args.blocks = args.blocks if c.causal else 1
 
     check_text_encoder(model)
+    if args.tag_dropout and not model.conditioner.text_encoder.trains:
+        raise UserError("--tag-dropout: this checkpoint's text encoder reads each whole prompt once, before "
+                        "the training: parts of it cannot be left out")
     dataset = prepare_once(args.data, model, device, rank, world)
     texts = encode_texts(model, dataset.tracks)
     model.sampling |= dict(prompt=dataset.train[0].prompt, words=words_met(model, dataset.train))
@@ -317,7 +322,7 @@ def main():
         del saved                                           # twice the weights' memory
     log = None if rank else Log(args.out, ("step", "loss", "validation", "lr", "seconds"), step)
     say(rank, f"{regime_of(c)}, {millions(trained)} parameters to train; window {c.window} frames = "
-        f"{c.window / c.frame_rate:.2f} s, {args.blocks} of {c.block} learned at once; "
+        f"{c.window / c.frame_rate:.2f} s, {args.blocks} blocks of {c.block} frames learned at once; "
         f"{describe_batch(args, world, device, precision_name)}; steps {step} to {args.steps}")
     if step == 0:
         at_start = validation_loss(model, dataset.validation, texts, args, device, precision)

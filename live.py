@@ -4,7 +4,7 @@ The same lines are typed, stand in schedule files, and come from the command lin
 
     line     [@TIME] COMMAND        TIME: of the stream, 20, 20.5, 1:05 or 1:00:05; without it the next block
     COMMAND  PROMPT                 slow piano
-             MIX                    house:0.7 + ambient:0.3      weights are divided by their sum
+             MIX                    house:0.7 + reggae:0.3       weights are divided by their sum
              MIX ~ SECONDS          slow piano ~ 8               a morph over so many seconds
              /bpm 92     /bpm off   the beat (models that can be told one)
              /cfg 4                 guidance; 1 for none
@@ -236,7 +236,7 @@ def chord_values(values, end):
 def read_schedule(path):
     """A file of lines -> list of Line. Raises UserError with the line's number and the column."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:      # some editors begin with a byte order mark
             rows = file.read().splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the schedule {path}: "
@@ -343,7 +343,7 @@ class Control:
 
         control = Control(model, encode, "slow piano", ["@20 fast piano ~ 4"])
         stream(model, control.cond, change=control.change, beat=control.beat, sketch=control.sketch)
-        control.say("house:0.7 + ambient:0.3")              # by a performer, while it plays
+        control.say("house:0.7 + reggae:0.3")               # by a performer, while it plays
 
     `say` is for performers, `status` and `plan` for displays. The stream calls `change`, `beat` and `sketch`
     before each block, in its own thread and with rising numbers."""
@@ -352,7 +352,7 @@ class Control:
         """encode: prompt -> Cond; prompt: text of the grammar, what is played first; schedule: texts, or
         Lines; names: prompts that are taken as they stand, whatever signs they hold; clock: a function that
         gives the second of the stream that the listener is at; open_sketch: file -> iterator of a sketch's
-        channels, block by block (`audio.open_sketch`). Raises UserError."""
+        channels, block by block (`stage.open_sketch`). Raises UserError."""
         c = model.config
         self.model = model
         self.encode = encode
@@ -362,7 +362,6 @@ class Control:
         self.lock = threading.RLock()
         self.block_seconds = c.block / c.frame_rate
         self.number = 0                                     # of the next block to be begun
-        self.first = 0                                      # of the first block that was made
         self.planned = []                                   # (block, Line, what it needs), in order
         self.said = deque(maxlen=256)                       # Said, until whoever measures takes them
         self.settings = {}                                  # cfg, steps, forget: as far as they were set
@@ -422,10 +421,6 @@ class Control:
         with self.lock:
             return self.mix_in_words(Mix(self.target, 0.0))
 
-    def stop(self):
-        """The next block that is begun is the last, and fades out."""
-        self.say("/stop")
-
     # --- for the stream
     def change(self, number):
         """Turn, or None: what changes with block `number`, which is begun now."""
@@ -437,14 +432,13 @@ class Control:
                 self.apply(line.command, number, needs)
             new = {name: value for name, value in self.settings.items() if before.get(name) != value}
             mix = self.mix_at((number + 0.5) * self.block_seconds)
-            first = number == self.first
             turned = heaviest(mix, self.heaviest) != self.heaviest
             self.heaviest = heaviest(mix, self.heaviest)
             if mix == self.told and not new:
                 return None
             cond = None if mix == self.told else self.mixed(mix)
             self.told = mix
-            return Turn(cond, turned and not first, new)
+            return Turn(cond, turned and number > 0, new)
 
     def bars(self, number):
         """Bars before block `number`, or None where no tempo is set."""
@@ -496,7 +490,7 @@ class Control:
         c = self.model.config
         command = line.command
         if isinstance(command, Mix):
-            conds = self.conds
+            conds = self.conds                              # another thread may replace it meanwhile
             conds = {prompt: conds[prompt] if prompt in conds else self.encode(prompt)
                      for prompt in command.weights}
             notes = [words_read(self.model, prompt)[1] for prompt in command.weights if not self.names]
@@ -518,9 +512,8 @@ class Control:
             raise UserError(f"this checkpoint has no channels of {' and '.join(missing)}: it cannot be given "
                             f"{'chords' if command.name == 'chords' else 'a sketch'}")
         if command.name == "chords":
-            tempos = [line.command.value for _, line, _ in self.planned
-                      if line.command[0] == "bpm" and line.command.value]
-            if self.bpm is None and not tempos:
+            planned = [line.command for _, line, _ in self.planned if isinstance(line.command, Setting)]
+            if self.bpm is None and not any(one.name == "bpm" and one.value for one in planned):
                 raise UserError("chords need a tempo first: /bpm 92")
             return None
         if self.open_sketch is None:

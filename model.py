@@ -2,8 +2,8 @@
 
 An autoencoder turns audio into latent frames and back; a diffusion transformer (DiT) denoises one block of
 latent frames at a time, given a context of finished blocks. Both are the public Stable Audio networks, plus
-one linear layer, `context_in`, through which finished frames enter clean. Nothing here reads a file or knows
-a loss.
+one linear layer, `context_in`, through which finished frames enter clean (and `beat_in`, in a model that is
+told a beat). Nothing here knows a checkpoint or a loss.
 
 Letters: B batch, C latent channels, T frames, D width, H heads, L conditioning tokens, N tokens of a pass.
 Sources: Stable Audio Open (arXiv 2407.14358), Live Music Diffusion Models (arXiv 2605.22717, "the paper").
@@ -315,7 +315,7 @@ def row_by_hash(word, rows):
 
 # A text encoder is called with B prompts and gives states (B, text_tokens, its width) and a mask (B,
 # text_tokens), True at words. `trains` says whether it is learned with the DiT; one that is not is asked once
-# per prompt.
+# per prompt. One that is also has `learn(prompts)`, `known` and `table`, as `Words` has.
 class Words(nn.Module):
     """Words of a prompt as rows of a table that is trained with the DiT: nothing to download.
 
@@ -630,7 +630,7 @@ class EncodedPrompt(NamedTuple):
 
 
 class Numbered(NamedTuple):
-    """Blocks and their numbers along the stream, which follow one another.
+    """Consecutive blocks, and their numbers along the stream.
 
     data: latents (B, C, n * block), or, of cached blocks, each layer's (k, v)."""
     data: object

@@ -10,7 +10,6 @@ Two CPU cores share the autoencoder with `OMP_NUM_THREADS=1 torchrun --nproc_per
 --threads 1`.
 """
 import argparse
-import contextlib
 import math
 import os
 import shlex
@@ -51,15 +50,20 @@ RESOLUTIONS = 4096, 2048, 1024, 512, 256                    # samples of its spe
 def read_tracks(folders, validation, longer, most=700):
     """Tracks of one side of the split of each folder, as int16 arrays (n, 2).
 
-    At most so many a folder, evenly spread. What cannot be read or is no longer than `longer` samples is left
-    out; UserError where nothing remains."""
+    At most so many a folder, evenly spread; a folder's only file is on both sides. What cannot be read is
+    named, and left out as is what is no longer than `longer` samples; UserError where nothing remains."""
     tracks = []
     for folder in folders:
-        names = split([f.relative_to(folder).as_posix() for f in audio_files(folder)])[validation]
+        names = [f.relative_to(folder).as_posix() for f in audio_files(folder)]
+        if len(names) > 1:
+            names = split(names)[validation]
         for name in names[::max(1, math.ceil(len(names) / most))]:
-            with contextlib.suppress(UserError):
+            try:
                 audio = torch.cat(list(read_audio(Path(folder, name), PRESETS["nano"])), dim=1)
-                tracks.append((audio.T * 32768).round().clamp(-32768, 32767).short().numpy())
+            except UserError as error:
+                say(f"left out: {error}")
+                continue
+            tracks.append((audio.T * 32768).round().clamp(-32768, 32767).short().numpy())
     tracks = [track for track in tracks if len(track) > longer]
     if not tracks:
         side = "held out" if validation else "to train on"
@@ -253,15 +257,15 @@ def critic_loss(real, made):
 
 def persuasion_loss(real, made):
     """-D(made), and how far the critic's features are from those of the real, relative to their size."""
-    apart = [(x - y).abs().mean() / y.abs().mean() for a, b in zip(real, made) for x,
-             y in zip(b[:-1], a[:-1])]
+    apart = [(x - y).abs().mean() / y.abs().mean()
+             for a, b in zip(real, made) for x, y in zip(b[:-1], a[:-1])]
     return sum(-b[-1].mean() for b in made) / len(made) + 2 * sum(apart) / len(apart)
 
 
 # -------------------------------------------------------------------------------- autoencoder: training
 class Player:
-    """A network that is trained: its parameters, optimizer and one step, with a learning rate that falls to
-    nothing."""
+    """A network that is trained: its parameters, optimizer and one step, with a learning rate that falls to a
+    hundredth."""
     def __init__(self, network, args):
         self.network = network
         self.parameters = [p for p in network.parameters() if p.requires_grad]
@@ -333,7 +337,7 @@ def equalize(autoencoder, audio):
     C = len(scale)
     last.weight[:C] /= scale[:, None, None]
     last.bias[:C] = (last.bias[:C] - centre) / scale
-    last.bias[C:] -= scale.log()    # so does the posterior's deviation, where it is small
+    last.bias[C:] -= scale.log()                            # small deviations are divided by it as well
     first.bias += (first.weight * centre[None, :, None]).sum((1, 2))
     first.weight *= scale[None, :, None]
 
@@ -611,7 +615,7 @@ def parser():
     s.add_argument("--cfg", type=finite, default=1.0)
     s.add_argument("--sampler", choices=SAMPLERS, default="dpmpp")
     s.add_argument("--int8", action="store_true",
-                   help="recommend int8 on CPUs: measure.py --precision int8 gave the same figures")
+                   help="recommend int8 on CPUs; compare with measure.py --precision int8 first")
     s.add_argument("--prompt", help="what is played when nothing is said (default: the checkpoint's own)")
     s.set_defaults(run=pack)
     return p

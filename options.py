@@ -41,7 +41,7 @@ def parse(argv=None):
                                 allow_abbrev=False)
     p.add_argument("--ckpt", help="checkpoint (default: out/arc.pt, else out/finetune.pt, else nano.pt)")
     # what to play
-    p.add_argument("--prompt", help="what to play, such as 'slow piano' or 'house:0.7 + ambient:0.3' "
+    p.add_argument("--prompt", help="what to play, such as 'slow piano' or 'house:0.7 + reggae:0.3' "
                    "(default: the checkpoint's own example)")
     p.add_argument("--prompt-file", help="embeddings written by stable_audio_port.py --prompts; "
                    "the first, or the one --prompt names")
@@ -61,9 +61,10 @@ def parse(argv=None):
     # where to, and how far ahead
     p.add_argument("--out", help=".wav or .flac instead of standard output")
     p.add_argument("--realtime", nargs="?", type=positive_finite, const=1.0, metavar="LEAD",
-                   help="hand audio out at most so many seconds before it is heard (default: 1)")
+                   help="hand audio out at most so many seconds before it is heard (1 where LEAD is left out)")
     p.add_argument("--save-state", help="file to write at the end, or at Ctrl-C, from which ...")
-    p.add_argument("--resume-state", help="... a stream goes on to the sample, --seconds more")
+    p.add_argument("--resume-state", help="... a stream goes on to the sample, --seconds more, with "
+                   "the settings and the seed that it had")
     # sampling
     p.add_argument("--seed", type=random_seed, default=0)
     p.add_argument("--steps", type=step_count, help="denoising steps per block (default: the checkpoint's)")
@@ -98,16 +99,16 @@ def default_seconds(model, live):
 def check(model, args):
     """UserError for what the arguments ask of a checkpoint, or of this machine, that cannot do it."""
     base = model.stage == "base"
-    for option in ("compile", "prime", "no_cache", "schedule", "at", "chords", "sketch", "listen", "realtime",
-                   "osc", "osc_beats", "save_state", "resume_state"):
+    for option in ("live", "compile", "prime", "no_cache", "schedule", "at", "bpm", "chords", "sketch",
+                   "listen", "realtime", "osc", "osc_beats", "save_state", "resume_state"):
         if getattr(args, option) and base:
             raise UserError(f"--{option.replace('_', '-')} is for models that stream; this one makes a clip")
     if model.stage == "autoencoder":
         raise UserError("this checkpoint holds only an autoencoder yet: finetune.py --init trains the rest")
-    for option in "live", "at", "schedule":
-        if getattr(args, option) and (base or args.no_cache and model.config.causal):
-            raise UserError(f"--{option} needs a model that streams, and block-causal its cache, which "
-                            "remembers what was made under which prompt")
+    for option in "live", "at", "schedule", "osc":
+        if getattr(args, option) and args.no_cache and model.config.causal:
+            raise UserError(f"--{option} needs the cache of a block-causal model, which remembers what was "
+                            "made under which prompt: leave out --no-cache")
     if args.live and (os.name == "nt" or sys.stdin is None):
         raise UserError("--live reads standard input without waiting, but it is closed, or this is Windows, "
                         "where that cannot be done")
@@ -126,5 +127,8 @@ def check(model, args):
         raise UserError("--listen goes with neither --prime nor --save-state and --resume-state")
     if args.prime and args.resume_state:
         raise UserError("--resume-state goes on from what was played: no --prime beside it")
+    for option in "steps", "cfg", "sampler", "forget", "bpm", "chords", "sketch":
+        if args.resume_state and getattr(args, option) is not None:
+            raise UserError(f"--resume-state goes on with what was set before: no --{option} beside it")
     if (args.delay or args.mix) and not args.listen:
         raise UserError("--delay and --mix belong to --listen")

@@ -4,10 +4,10 @@
     /prompt                          text [seconds of a morph]       text ~ seconds
     /bpm /cfg /steps /forget         a number (/bpm also "off")      /bpm 92
     /sketch /chords                  text ...                        /chords Am F C G
-    /stop                            none, or a button's number      /stop (nothing where that is 0)
+    /stop /start                     none, or a button's number      /stop (nothing where that is 0)
     /say                             text                            text
 
-What goes out, when the beat is heard: /beat NUMBER BAR PLACE, all counted from 1.
+/start is for page.py. What goes out, when the beat is heard: /beat NUMBER BAR PLACE, all counted from 1.
 
 Max, SuperCollider, TouchOSC, DAWs and `oscsend` speak it; here python-osc reads and writes the packets."""
 import math
@@ -49,7 +49,9 @@ def line_of(address, values):
         return " ~ ".join(texts)
     if address in ("/stop", "/start") and all(isinstance(value, (int, float)) for value in values):
         return None if values and not values[0] else address
-    return " ".join([address, *(f'"{text}"' if " " in text else text for text in texts)])
+    if address == "/sketch":                                # a file's name may hold spaces, /chords "Am F" two
+        texts = [f'"{text}"' if " " in text else text for text in texts]
+    return " ".join([address, *texts])
 
 
 def serve(command, port, host="127.0.0.1"):

@@ -28,7 +28,7 @@ from stage import (Delivery, Listening, Pace, Sound, Stopping, Typing, audio_fro
                    first_signal_sets, load_state, make_room, save_state, take_line)
 
 GUIDED_BLOCKS = 2                                           # after a change of prompt, by "pingpong++"
-GUIDANCE = 0.7                                              # of these: 1 is the conditional model alone
+GUIDANCE = 0.7                                              # of these, below 1: at 0 the prompt has no say
 DEFAULTS = {                                                # by the stage recorded in the checkpoint
     "base": dict(sampler="pingpong", steps=8, cfg=1.0),
     "finetune": dict(sampler="euler", steps=50, cfg=7.0),
@@ -57,7 +57,7 @@ class Context:
         self.start = first * c.block                        # the next block's first frame
         self.kv = None                                      # cached: per layer (k, v)
         self.beat = None                                    # of the next block: `controls.beat_of` (B, 1, 18)
-        self.waiting = 0    # so many finished blocks, the last, are not cached
+        self.waiting = 0                                    # how many of the newest blocks are not cached yet
         self.finished = prime[..., :0]                      # latents of the last `frames_kept` frames
         blocks = list(prime.split(c.block, dim=-1)) if prime.shape[-1] else []
         zeros = prime.new_zeros(*prime.shape[:-1], c.block)
@@ -233,17 +233,19 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
     is the stream of that seed. prime: latents (B or 1, C, T) to go on from; of its whole blocks, counted from
     its end, as many as still have any influence.
 
-    The others are functions of the number of a block, 0 the first, called before it is made. change gives a
-    `Turn`, a new `cond` of the same batch from there on, or None. After a bare cond, finished blocks stay as
-    they are; block-causal, so do their cached keys and values, made under the old condition (the newest
-    block's only come with the next); encoder-decoder, the context is read again under the new one. After a
-    Turn whose heaviest prompt is another, the context is read again, its oldest `forget` blocks (None: all
-    but one) as silence, and GUIDED_BLOCKS blocks are made by guided ping-pong. beat gives tempo in bpm and
-    the place in the bar where the block begins, in [0, 1), or None; sketch gives a `Given`, or None. listen
-    gives latents (B, C, block) that were heard during block `number`, and stand in the context in its place,
-    or None, which ends the stream.
+    change, beat and sketch are functions, called with a block's number, 0 the first, before it is made.
+    change gives what holds from there on: a `Turn`, a bare Cond of the same batch, or None. beat gives the
+    tempo in bpm and the place in the bar, in [0, 1), where the block begins, or None. sketch gives a `Given`,
+    or None. listen is called with a block's number after it was made: it gives latents (B, C, block) that
+    were heard meanwhile and take its place in the context, or None, which ends the stream.
 
-    keep: a function, called after each block with what to hand in as `state`, to go on from there."""
+    After a bare Cond, finished blocks stay as they are; block-causal, so do their cached keys and values,
+    made under the old condition (the newest block's only come with the next); encoder-decoder, the context is
+    read again under the new one. After a Turn that is `turned`, the context is read again, its oldest
+    `forget` blocks (None: all but one) as silence, and GUIDED_BLOCKS blocks are made by guided ping-pong.
+
+    keep: a function, called after each block with what to hand in as `state`, to go on from there; steps,
+    sampler, cfg, forget and the noise are then the state's."""
     settings = sampling_settings(model, steps, sampler, cfg)
     settings["forget"] = model.config.context_blocks - 1 if forget is None else forget
     plan = BlockPlan(model, cond, settings, seed, state)
@@ -422,8 +424,9 @@ def stream_pieces(model, args, samples, together, control, saved, stopping):
     samples: None for no end; together: make blocks while others are decoded."""
     c = model.config
     settings = sampling_settings(model, args.steps, args.sampler, args.cfg)
+    in_force = saved["stream"]["settings"] if saved else settings
     plan = (f"{control.playing()!r}: blocks of {c.block / c.frame_rate:.2f} s seeing "
-            f"{c.context / c.frame_rate:.2f} s, {in_words(settings)}")
+            f"{c.context / c.frame_rate:.2f} s, {in_words(in_force)}")
     prime = None
     if args.prime is not None:
         prime = encode_file(model, args.prime, c.reach_blocks * c.block)[None].to(args.device)
@@ -440,6 +443,7 @@ def stream_pieces(model, args, samples, together, control, saved, stopping):
     listening = None
     if args.listen:
         listening = Listening(model, audio_from(args.listen, c, stopping), args.delay, args.mix)
+        sound.delay = listening.delay
 
     def change(number):
         if typing is not None:
@@ -554,6 +558,7 @@ def main():
         if args.osc_beats:
             osc.Beats(args.osc_beats, control, pace.heard)
         pieces, plan, sound = stream_pieces(model, args, samples, together, control, saved, stopping)
+        pace.first = pace.position = pace.position - sound.delay        # block 0 begins at sample 0
     if not args.live and args.osc is None:                  # no prompt will follow
         forget_t5()
     say(plan + "; type a prompt, or a /command, and press Enter" * args.live)

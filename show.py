@@ -57,8 +57,9 @@ class Tape:
     def wav(self):
         """The set so far as a WAV: its size in bytes, and an iterator of its pieces."""
         header = io.BytesIO()
-        WavWriter(header, self.rate, 2, self.recorded)
-        size = FRAME * self.recorded
+        recorded = self.recorded
+        WavWriter(header, self.rate, 2, recorded)
+        size = FRAME * recorded
 
         def pieces():
             yield header.getvalue()
@@ -105,7 +106,7 @@ class Show:
             self.going.set()
             self.resting = False                            # whoever asks for audio now may wait for it
             return "going on", None
-        if word == "/stop":                                 # with a time, it is the end
+        if word == "/stop":                                 # "@20 /stop" is the control's: the end for good
             self.going.clear()
             return "stopping: one more block, which fades out", None
         if not self.files and word not in self.control.names and names_file(text):
@@ -136,7 +137,8 @@ class Show:
             end = position + audio.shape[-1]
             if begins:
                 audio = Fade(end, position).of(audio, position)         # from its end backwards: a rise
-                self.pace.began = self.pace.now() - (position - self.pace.first) / self.pace.rate
+                anew = self.pace.now() - (position - self.pace.first) / self.pace.rate
+                self.pace.began = max(self.pace.began, anew)            # the fade may still be heard
             stops = stopping.is_set() or not self.going.is_set()
             if stops:
                 audio = Fade(position, end).of(audio, position)
@@ -144,11 +146,13 @@ class Show:
             if last is not None:
                 fade = Fade(last * self.block_samples(), (last + 1) * self.block_samples())
                 audio = fade.of(audio, position)
-            self.add(pcm(audio))
+            self.add(pcm(audio), begins)
             if stopping.is_set() or last is not None and end >= fade.end:
                 break
             if stops:
                 self.rest(stopping)
+                if stopping.is_set():
+                    break
             begins = stops
             self.pace.wait(0)
             self.pace.work_since = self.pace.now()
@@ -158,8 +162,9 @@ class Show:
         self.going.clear()
         self.rest(stopping)
 
-    def add(self, samples):
-        late = self.pace.arrived()
+    def add(self, samples, begins=False):
+        """begins: the first ones after a rest, which cannot be late."""
+        late = None if begins else self.pace.arrived()
         self.tape.append(samples)
         with self.control.lock:
             lines = self.pace.hand_out(len(samples), self.control.said, self.block_samples())

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from audio import (decoder_margin, decoder_state, encode_chunks, encoder_margin, restore_decoder,
-                   streaming_decoder)
+from audio import (decoded_pieces, decoder_margin, decoder_state, encode_chunks, encoder_margin,
+                   restore_decoder, streaming_decoder)
 from common import STOP_SIGNALS, UserError, load_plain, save_whole, say
 from controls import WINDOW, features, sketch_channels
 from live import Control, parse_line, prompt_encoder, read_schedule, seconds_of
@@ -68,6 +68,9 @@ def control_of(model, args, pace, stopping, saved):
         say(remark)
     if saved:
         control.restore(saved["control"])
+        sketch = saved["control"]["sketch"]
+        if sketch and sketch[0] == "-":
+            say("the sketch came through standard input, and is over")
         if args.prompt is not None:
             control.say(args.prompt)
     return control
@@ -95,6 +98,9 @@ class Typing:
             except (OSError, ValueError):                   # a terminal that is gone, a file that was closed
                 self.open = False
             *lines, self.unfinished = self.unfinished.split(b"\n")
+            if not self.open:                               # the last line may end without a newline
+                lines.append(self.unfinished)
+                self.unfinished = b""
             for line in lines:
                 line = line.decode(errors="replace").strip()
                 if line:
@@ -114,13 +120,13 @@ class Typing:
             self.poll()
 
 
-def take_line(control, line, file=None):
+def take_line(control, line):
     """Say a line and print the reply, or what is wrong with it: the music goes on."""
     try:
         reply = control.say(line)
     except UserError as error:
         reply = str(error)
-    print(reply, file=file or sys.stderr)
+    say(reply)
 
 
 # -------------------------------------------------------------------------------- the listener's clock
@@ -435,7 +441,7 @@ class Listening:
                             f"{least / c.sample_rate:.3f} s")
         self.source = iter(chunks)
         self.to_encode = deque()                            # chunks that were read for `dry`
-        self.input = torch.zeros(2, 0)                      # what was read and is still to be mixed
+        self.input = torch.zeros(c.audio_channels, 0)                    # what was read and is still to be mixed
         self.latents = encode_chunks(model, self.chunks_to_encode(), c.block)
 
     def pull(self):
@@ -462,7 +468,8 @@ class Listening:
     def answers(self, pieces):
         """Audio pieces (1, 2, n) of the answer -> what comes out: silence as long as the delay first, and the
         input mixed in."""
-        for piece in itertools.chain([torch.zeros(1, 2, self.delay)], pieces):
+        silence = torch.zeros(1, self.model.config.audio_channels, self.delay)
+        for piece in itertools.chain([silence], pieces):
             if self.mix:
                 piece = piece + self.mix * self.dry(piece.shape[-1]).to(piece.device)
             yield piece
@@ -483,9 +490,11 @@ class Sound:
         """state: of an earlier `state`, or None. May raise UserError (compile)."""
         self.decoder = streaming_decoder(model.autoencoder, compile)
         self.number = 0                                     # of the next block to be decoded
+        self.delay = 0                                      # samples of silence before block 0 (--listen)
         self.kept = {}                                      # number of the next block -> state of the stream
         if state is not None:
             self.number = state["stream"]["number"]
+            self.keep(state["stream"], state["control"])    # for whoever stops before the next block is made
             restore_decoder(self.decoder, state["decoder"])
 
     def keep(self, stream_state, control_state):
@@ -494,16 +503,15 @@ class Sound:
 
     def pieces(self, latents):
         """Audio pieces (1, 2, n), as `audio.decode_stream` gives them."""
-        block = None
+        return decoded_pieces(self.decoder, self.counted(latents))
+
+    def counted(self, latents):
+        """The same blocks. States older than the block that is decoded now are forgotten."""
         for block in latents:
             self.number += 1
             for number in [number for number in self.kept if number < self.number]:
                 del self.kept[number]
-            audio = self.decoder(block)
-            if audio.shape[-1]:
-                yield audio
-        if block is not None:
-            yield self.decoder(block[..., :0], last=True)
+            yield block
 
     def state(self):
         return dict(self.kept[self.number], decoder=decoder_state(self.decoder))

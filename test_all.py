@@ -767,6 +767,11 @@ def test_what_is_given_of_a_block_stays(sampler):
     assert (strict[:, :8] - free[:, :8]).abs().max() > 1e-3 and (strict[:, 11:] - wanted[:, 11:]).abs().max() > 0.1
     assert (loose[:, 8:11] - wanted[:, 8:11]).abs().max() > 1e-3 and (loose - free).abs().max() > 1e-3
     assert torch.equal(played(2.0), free)                   # no level is that high
+    pitch, level = torch.ones(5, 6), torch.full((5, 6), 2.0)
+    given = controls.given_of(model, [(pitch, "pitch", 0.3), (level, "level", 0.0)])    # each its own
+    assert given.mask[:, 0].tolist() == 8 * [False] + 5 * [True]
+    assert given.until[8:, 0].tolist() == pytest.approx(3 * [0.3] + 2 * [0])
+    assert (given.values[0, 8:11] == 1).all() and (given.values[0, 11:] == 2).all()
 
 
 # -------------------------------------------------------------------------------- common.py: checkpoints
@@ -2204,10 +2209,12 @@ def test_lines_of_a_terminal():
                 typing.poll()
                 assert lines == want or os.isatty(ours) and typed and typed[-1:] != "\n"
                 lines.clear()
+            pipe = not os.isatty(ours)
+            os.write(theirs, b"last" * pipe)                # without a newline
             os.close(theirs)
             typing.poll()
             typing.poll()                                   # the end of the file, a terminal that is gone
-            assert lines == [] and not typing.open
+            assert lines == ["last"] * pipe and not typing.open
 
 
 def test_live_prompts(tiny_file, tmp_path, monkeypatch, call):
@@ -2626,6 +2633,8 @@ def test_schedule_files(tmp_path):
     file.write_text("# a set\n\n@2 c# minor  # a comment\n/cfg 3\n")
     lines = live.read_schedule(file)
     assert [(line.time, line.text) for line in lines] == [(2.0, "c# minor"), (None, "/cfg 3")]
+    file.write_text("@2 c# minor", encoding="utf-8-sig")    # as some editors do
+    assert live.read_schedule(file) == lines[:1]
     file.write_text("a\n@2 b:x\n")
     with pytest.raises(UserError, match="set.txt, line 2, column 6: a weight"):
         live.read_schedule(file)
@@ -2853,20 +2862,22 @@ def test_saved_and_resumed_is_unbroken(threads, tiny_file, tmp_path, call):
             "0.17", "loud ~ 0.02")
     for args in (("--seconds", 0.3, "--out", "whole.wav"),
                  ("--seconds", 0.1, "--out", "a.wav", "--save-state", "a.pt"),
-                 ("--seconds", 0.1, "--out", "b.wav", "--resume-state", "a.pt", "--save-state", "a.pt"),
-                 ("--seconds", 0.1, "--out", "c.wav", "--resume-state", "a.pt")):
+                 ("--seconds", 0.002, "--out", "b.wav", "--resume-state", "a.pt", "--save-state", "a.pt"),
+                 ("--seconds", 0.098, "--out", "c.wav", "--resume-state", "a.pt", "--save-state", "a.pt"),
+                 ("--seconds", 0.1, "--out", "d.wav", "--resume-state", "a.pt")):
         status, err = call(sample.main, *play, *args)
         assert status == 0, err
-    parts = np.concatenate([samples_in(tmp_path / f"{name}.wav") for name in "abc"])
+    parts = np.concatenate([samples_in(tmp_path / f"{name}.wav") for name in "abcd"])
     whole = samples_in(tmp_path / "whole.wav")
     assert len(parts) == len(whole) and np.abs(parts - whole).max() <= 1
     common.save(tiny(seed=1), tmp_path / "other.pt")
     for args, reason in ((("--ckpt", "other.pt", "--precision", "float32"), "of another checkpoint"),
                          (("--ckpt", tiny_file, "--precision", "bf16"), "of a stream in float32"),
+                         (("--ckpt", tiny_file, "--steps", 3), "no --steps beside it"),
                          (("--ckpt", tiny_file, "--prime", "a.wav"), "no --prime")):
-        status, err = call(sample.main, *args, "--resume-state", "a.pt", "--out", "d.wav")
-        assert status == 2 and reason in err and not (tmp_path / "d.wav").exists(), err
-    status, err = call(sample.main, "--ckpt", tiny_file, "--resume-state", tiny_file, "--out", "d.wav")
+        status, err = call(sample.main, *args, "--resume-state", "a.pt", "--out", "e.wav")
+        assert status == 2 and reason in err and not (tmp_path / "e.wav").exists(), err
+    status, err = call(sample.main, "--ckpt", tiny_file, "--resume-state", tiny_file, "--out", "e.wav")
     assert status == 2 and "was not written by --save-state" in err
 
 
@@ -3015,6 +3026,12 @@ def test_listening_to_a_pipe_is_listening_to_the_file(tiny_file, tmp_path, call,
         status, err = call(sample.main, *play, "--listen", "-", "--out", "b.wav")
     assert status == 0, err
     assert np.abs(samples_in(tmp_path / "a.wav") - samples_in(tmp_path / "b.wav")).max() <= 1
+    block = TINY.block * TINY.hop                           # /stop: the answer fades out over its next block
+    status, err = call(sample.main, *play, "--listen", "x.wav", "--at", 0.08, "/stop", "--delay", 0.1, "--out",
+                       "c.wav")
+    last = math.ceil(0.08 * 44100 / block)
+    stopped = samples_in(tmp_path / "c.wav")
+    assert status == 0 and len(stopped) == round(0.1 * 44100) + (last + 1) * block
     (tmp_path / "none").write_bytes(b"not a WAV at all")
     with open(tmp_path / "none") as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
@@ -3241,6 +3258,7 @@ def test_stop_and_start():
         status, headers, samples = get(venue.port, f"/audio?from={end}")
         assert status == 200 and int(headers["X-Position"]) == end and len(samples)
         assert np.abs(np.frombuffer(samples, "<i2")[:8]).max() < 300
+        assert not venue.show.pace.late
 
 
 def test_what_is_no_request_of_our_page():
@@ -3396,7 +3414,7 @@ def test_osc_commands(capsys):
     client = SimpleUDPClient("127.0.0.1", ear.port)
     for address, values in (("/prompt", "slow piano"), ("/prompt", ["house:0.7 + ambient:0.3", 8.0]),
                             ("/bpm", 92), ("/bpm", "off"), ("/cfg", 0.7), ("/steps", 8.0), ("/stop", []),
-                            ("/stop", 0.0), ("/chords", ["Am", "F"]), ("/wrong", []),
+                            ("/stop", 0.0), ("/chords", ["Am", "F"]), ("/chords", "C G"), ("/wrong", []),
                             ("/sketch", ["a song.wav", "pitch", 0.5]),
                             ("/say", "@1:30 fast"), ("/say", [1, 2]), ("/prompt", []),
                             ("/prompt", b"\1\2"), ("/cfg", True), ("/cfg", float("nan"))):
@@ -3407,7 +3425,7 @@ def test_osc_commands(capsys):
     client.send_message("/say", "last")
     assert ear.heard("last") == [
         "slow piano", "house:0.7 + ambient:0.3 ~ 8", "/bpm 92", "/bpm off", "/cfg 0.7", "/steps 8", "/stop",
-        "/chords Am F", '/sketch "a song.wav" pitch 0.5', "@1:30 fast", "/cfg nan", "last"]
+        "/chords Am F", "/chords C G", '/sketch "a song.wav" pitch 0.5', "@1:30 fast", "/cfg nan", "last"]
     err = capsys.readouterr().err
     assert "column 1: wrong" in err and err.count("cannot be read") >= 4 and "Traceback" not in err
     assert "next: /bpm 92" in err and "/cfg: text and numbers" in err
@@ -3621,7 +3639,7 @@ def test_dropped_tags():
     assert 0.5 < np.mean([len(p) == 4 for p in parts]) < 0.6        # 1/2 + 1/2 * (1/16 whole + 1/16 none)
     assert np.mean(["C minor" in p for p in parts]) == pytest.approx(0.5 + 0.25 + 0.03, abs=0.03)
     assert finetune.without_some("one thing", rng, 0.9) == "one thing"
-    assert finetune.without_some("house, drums", rng, 0.0) == "house, drums"
+    assert finetune.without_some("house, drums, ", rng, 0.0) == "house, drums, "     # as it was encoded
 
 
 def test_beats_of_blocks_come_from_the_metadata(tmp_path):
@@ -3688,6 +3706,9 @@ def test_a_beat_is_learned_from_metadata_and_played(music, tmp_path, call):
     assert call(sample.main, *play, "--bpm", 92, "--out", "a.wav")[0] == 0
     assert call(sample.main, *play, "--out", "b.wav")[0] == 0
     assert (tmp_path / "a.wav").read_bytes() != (tmp_path / "b.wav").read_bytes()
+    one_block = "--rollout", 1, "--batch", 2, "--d-warmup", 0, "--g-warmup", 1, "--on-policy", 1, "--steps", 2
+    status, err = call(arc_forcing.main, "--base", "none", *one_block, "--sample-every", 0)
+    assert status == 0, err                                 # two blocks are played, one is rolled out
     common.save(tiny(), tmp_path / "none.pt")
     status, err = call(sample.main, "--ckpt", "none.pt", "--bpm", 92, "--out", "c.wav")
     assert status == 2 and "cannot be told a beat" in err
@@ -4701,10 +4722,15 @@ def test_autoencoder_training(tmp_path, music, call):
 def test_the_encoder_is_trained_where_asked_for(tmp_path, music, call):
     """... and at the end its latents have unit spread, half way to equal loudness, while the audio stays."""
     common.save(tiny(), tmp_path / "start.pt")
-    status, err = call(nano.main, "autoencoder", "--data", music, music, "--init", "start.pt", "--out",
+    more = tmp_path / "more"                                # a folder's only file is on both sides
+    more.mkdir()
+    shutil.copy(music / "tone 0.wav", more)
+    assert [len(nano.read_tracks([str(more)], side, 8192)) for side in (False, True)] == [1, 1]
+    (more / "b.wav").write_text("no audio")
+    status, err = call(nano.main, "autoencoder", "--data", music, more, "--init", "start.pt", "--out",
                        "a.pt", "--encoder", "--steps", 2, "--batch", 2, "--crop", 8192, "--adversary", 1,
                        "--critic-from", 0.5, "--device", "cpu")
-    assert status == 0, err
+    assert status == 0 and f"left out: {more}/b.wav" in err, err
     start, trained = (sample.load(tmp_path / name).autoencoder for name in ("start.pt", "a.pt"))
     assert (start.encoder[0].weight - trained.encoder[0].weight).abs().max() > 1e-6
     audio = 0.3 * torch.randn(4, 2, 64 * TINY.hop)
