@@ -113,8 +113,8 @@ def encode_track(file, path, model, tell):
     """Make the latents file at `path` unless it is there. Returns where it is, and its frames. UserError when
     the audio cannot be used.
 
-    A clip of exactly one block may have been filled up with silence. Its file's name tells the block's length,
-    so that a model with longer blocks makes it anew. tell: called with the seconds encoded so far."""
+    A clip of exactly one block may have been filled up with silence. Its file's name tells the block's
+    length, so that a model with longer blocks makes it anew. tell: called with the seconds encoded so far."""
     config = model.config
     filled = path.with_suffix(f".{config.block}.npy")
     for made in path, filled:

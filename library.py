@@ -219,7 +219,7 @@ def as_text(value):
 def metadata_rows(file, notes):
     """The rows of a metadata file, dictionaries. ValueError and others where it cannot be understood."""
     if os.path.getsize(file) > LARGEST_METADATA:
-        raise ValueError(f"longer than {LARGEST_METADATA >> 20} MiB; every folder may have metadata of its own")
+        raise ValueError(f"longer than {LARGEST_METADATA >> 20} MiB; every folder may have its own metadata")
     text = decode_text(file.read_bytes(), file.name, notes)
     if file.suffix == ".csv":
         first = text.partition("\n")[0]

@@ -316,7 +316,7 @@ def encoded_words(model, numbers, prompt):
     return model.conditioner([kept], **numbers)
 
 
-# -------------------------------------------------------------------------------- what is played in each block
+# -------------------------------------------------------------------------------- what each block plays
 class Turn(NamedTuple):
     """What changes with the block that is about to be made.
 

@@ -1,8 +1,8 @@
 """Is it music, does it stay so, and is it what was asked for? Figures of a checkpoint's streams beside the
 same figures of recordings held out from its training.
 
-    python measure.py --data data/nano                      # sound: 8 streams of 30 s
-    python measure.py --data data/nano --drift              # 8 streams of 2 minutes, ten seconds at a time
+    python measure.py --data data/band                      # sound: 8 streams of 30 s
+    python measure.py --data data/band --drift              # 8 streams of 2 minutes, ten seconds at a time
     python measure.py --data data/band --obey               # 48 streams of 15 s: tempo, key, genre, beats
 
 The distance is Frechet's between Gaussian fits of 64-band log-mel frames with their deltas: no network judges

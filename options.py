@@ -61,7 +61,7 @@ def parse(argv=None):
     # where to, and how far ahead
     p.add_argument("--out", help=".wav or .flac instead of standard output")
     p.add_argument("--realtime", nargs="?", type=positive_finite, const=1.0, metavar="LEAD",
-                   help="hand audio out at most so many seconds before it is heard (1 where LEAD is left out)")
+                   help="hand audio out at most so many seconds before it is heard (LEAD: 1)")
     p.add_argument("--save-state", help="file to write at the end, or at Ctrl-C, from which ...")
     p.add_argument("--resume-state", help="... a stream goes on to the sample, --seconds more, with "
                    "the settings and the seed that it had")

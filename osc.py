@@ -49,7 +49,7 @@ def line_of(address, values):
         return " ~ ".join(texts)
     if address in ("/stop", "/start") and all(isinstance(value, (int, float)) for value in values):
         return None if values and not values[0] else address
-    if address == "/sketch":                                # a file's name may hold spaces, /chords "Am F" two
+    if address == "/sketch":                                # spaces of a file's name; /chords "Am F" is two
         texts = [f'"{text}"' if " " in text else text for text in texts]
     return " ".join([address, *texts])
 

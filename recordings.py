@@ -112,7 +112,7 @@ def overlapped(chunks, size, margin):
 
 
 def resampled(chunks, rate, new_rate, seconds=1.0):
-    """A stream of (2, n) at `rate` -> the same at `new_rate`, in Hz: whole periods of the filter at a time, as
+    """A stream of (2, n) at `rate` Hz -> the same at `new_rate`: whole periods of the filter at a time, as
     many as make about so many seconds."""
     # an odd rate would need gigabytes of filters: numerator times denominator
     ratio = Fraction(rate, new_rate).limit_denominator(round(1000 * min(1, new_rate / rate) ** 0.5))

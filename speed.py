@@ -1,4 +1,4 @@
-"""What only makes the rest faster. Nothing needs this file: without it everything works, in float32.
+"""What only makes the rest faster. Only bench.py needs this file: without it the rest works, in float32.
 
     layers on a CPU       `lay_out`: convolutions and snakes that suit a CPU's caches
     precision             `to_precision`: bf16, 8-bit integers, weights in the order in which a CPU reads them

@@ -441,7 +441,7 @@ class Listening:
                             f"{least / c.sample_rate:.3f} s")
         self.source = iter(chunks)
         self.to_encode = deque()                            # chunks that were read for `dry`
-        self.input = torch.zeros(c.audio_channels, 0)                    # what was read and is still to be mixed
+        self.input = torch.zeros(c.audio_channels, 0)       # what was read and is still to be mixed
         self.latents = encode_chunks(model, self.chunks_to_encode(), c.block)
 
     def pull(self):
