@@ -902,12 +902,13 @@ def test_what_cannot_be_printed_or_written(tmp_path):
     """A terminal that knows only ASCII gets escapes, a full standard output is told."""
     line = "import common; common.run(lambda: print('caf\\u00e9 \\U0001f3b5 \\udcff'))"
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", line], cwd=HERE, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", "caf\\xe9 \\U0001f3b5 \\udcff\n")
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", line], cwd=HERE, env=env, stdout=full,
-                              stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+        printing, failing = (subprocess.Popen([sys.executable, "-c", line], cwd=HERE, env=env, stdout=out,
+                                              stderr=subprocess.PIPE, text=True)
+                             for out in (subprocess.PIPE, full))
+        assert printing.communicate() == ("caf\\xe9 \\U0001f3b5 \\udcff\n", "")
+        assert failing.communicate() == (None, "error: No space left on device\n")
+    assert (printing.returncode, failing.returncode) == (0, 2)
 
 
 def test_out_of_memory_is_one_line(call):
@@ -2324,16 +2325,16 @@ def test_prime_too_old_to_be_heard_is_left_out(causal):
 def test_command_line_wav(tiny_file, tmp_path, call):
     """Exact length; a pipe gets a true header; the short file is the start of the long one, whose standard
     error is closed; --out says the same."""
-    short = script("sample.py", "--ckpt", tiny_file, "--seconds", 0.2)
-    play = shlex.join([sys.executable, str(HERE / "sample.py"), "--ckpt", str(tiny_file), "--seconds", "0.4"])
-    long = subprocess.run(f"{play} 2>&-", shell=True, stdout=subprocess.PIPE)
-    assert long.returncode == 0 and len(long.stdout) == 44 + 4 * 17640
-    assert short.returncode == 0, short.stderr.decode()
-    audio, rate = soundfile.read(io.BytesIO(short.stdout), dtype="int16")
+    play = shlex.join([sys.executable, str(HERE / "sample.py"), "--ckpt", str(tiny_file), "--seconds"])
+    players = [subprocess.Popen(f"{play} {rest}", shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+               for rest in ("0.2", "0.4 2>&-")]             # beside each other: they take seconds to begin
+    (short, err), (long, _) = (player.communicate() for player in players)
+    assert [player.returncode for player in players] == [0, 0], err.decode()
+    assert len(long) == 44 + 4 * 17640
+    audio, rate = soundfile.read(io.BytesIO(short), dtype="int16")
     assert rate == 44100 and audio.shape == (8820, 2)
-    assert soundfile.info(io.BytesIO(short.stdout)).subtype == "PCM_16"
-    assert len(short.stdout) == 44 + 4 * 8820
-    assert short.stdout[44:] == long.stdout[44:len(short.stdout)]
+    assert soundfile.info(io.BytesIO(short)).subtype == "PCM_16"
+    assert len(short) == 44 + 4 * 8820 and short[44:] == long[44:len(short)]
     for name in ("a.wav", "a.flac"):
         assert call(sample.main, "--ckpt", tiny_file, "--seconds", 0.2, "--out", name)[0] == 0
         assert np.array_equal(soundfile.read(tmp_path / name, dtype="int16")[0], audio)
@@ -2361,12 +2362,16 @@ def test_priming_continues_the_recording(tiny_file, tmp_path, music, call):
                                  dtype="int16")[0].astype(int) - audio_io.pcm(whole)[:8820]).max() <= 1
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_closed_pipe_and_interrupt(stop, tiny_file, tmp_path):
+def test_closed_pipe(tiny_file):
     play = [sys.executable, str(HERE / "sample.py"), "--ckpt", str(tiny_file), "--seconds", "inf"]
     done = subprocess.run(f"{shlex.join(play)} | head -c 1000 | wc -c", shell=True, capture_output=True,
                           timeout=60)
     assert done.stdout.strip() == b"1000" and b"Traceback" not in done.stderr and b"rror" not in done.stderr
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt(stop, tiny_file, tmp_path):
+    play = [sys.executable, str(HERE / "sample.py"), "--ckpt", str(tiny_file), "--seconds", "inf"]
     with open(tmp_path / "a.wav", "wb") as f:
         f.write(b"before")    # the header, corrected at the end, stands where the output began
         f.flush()
@@ -5605,7 +5610,7 @@ def test_readme_commands(tmp_path, music, call, monkeypatch):
             "sample": " --seconds 0.2 --out played.wav",
             "page": " --seconds 0.2 --port 0",
             "measure": " --seeds 2 --seconds 2 --steps 1 --excerpts 2",
-            "bench": " --repeats 1 --threads 2 --steps 1 --regime causal"}
+            "bench": " --repeats 1 --threads 2 --steps 1 --regime causal --precision float32"}
     commands, ran = readme_commands(), set()
     assert len(commands) > 10
     for command in commands:
