@@ -42,7 +42,6 @@ from training import average_gradients, micro_rows, start_processes
 RATE = PRESETS["nano"].sample_rate
 # what a model finetuned from nano.pt plays best with: it needs guidance
 AFTER_FINETUNING = dict(steps=8, cfg=3.5, sampler="dpmpp")
-WAVEFORM = 5                                                # weight of the waveform's error in the loss
 RESOLUTIONS = 4096, 2048, 1024, 512, 256                    # samples of its spectra
 
 
@@ -118,19 +117,22 @@ def mel(magnitude):    # (B, size / 2 + 1, frames) -> (B, size / 32, frames)
     return mel_bands(magnitude.shape[1], magnitude.device) @ magnitude
 
 
-def reconstruction_loss(made, real):
+def reconstruction_loss(made, real, waveform=5.0, log_mel=1.0):
     """How far audio (B, 2, n) is from the real one: log, log-mel and linear magnitudes at five resolutions,
     on left, right, mid and side, and the error of the waveform relative to its level, which keeps the phases.
 
-    Logs have a floor at the level of 16-bit noise: below it lies nothing that is heard."""
+    waveform, log_mel: weights. What cannot be foretold, such as the phases of noise, is least wrong in the
+    waveform where it is missing, so a large weight there makes cymbals dull. Logs have a floor at the level
+    of 16-bit noise: below it lies nothing that is heard."""
     error = (made - real).square().mean((1, 2)).sqrt()
     level = real.square().mean((1, 2)).sqrt().clamp(min=1e-2)
-    loss = WAVEFORM * (error / level).mean()
+    loss = waveform * (error / level).mean()
     made, real = mid_side(made), mid_side(real)
     for size in RESOLUTIONS:
         a, b = spectrum(made, size).abs(), spectrum(real, size).abs()
         apart = (a.clamp(min=1e-3).log() - b.clamp(min=1e-3).log()).abs().mean()
-        apart = apart + (mel(a).clamp(min=1e-3).log() - mel(b).clamp(min=1e-3).log()).abs().mean()
+        in_bands = (mel(a).clamp(min=1e-3).log() - mel(b).clamp(min=1e-3).log()).abs().mean()
+        apart = apart + log_mel * in_bands
         apart = apart + (a - b).abs().mean() / b.mean().clamp(min=1e-2)
         loss = loss + apart / len(RESOLUTIONS)
     return loss
@@ -298,15 +300,16 @@ def autoencoder_step(codec, critic, audio, noise, args, step, world):
 
     noise (B, C, T), for the latents. Returns figures for the log."""
     autoencoder = codec.network
+    weights = args.waveform_weight, args.mel_weight
     if args.encoder:
         mean, std = autoencoder.posterior(audio)
         copy = autoencoder.decode(mean + std * noise)
-        loss = reconstruction_loss(copy, audio) + args.kl * posterior_loss(mean, std)
+        loss = reconstruction_loss(copy, audio, *weights) + args.kl * posterior_loss(mean, std)
     else:
         with torch.no_grad():
             mean = autoencoder.encode(audio)
         copy = autoencoder.decode(mean + noise)
-        loss = reconstruction_loss(copy, audio)
+        loss = reconstruction_loss(copy, audio, *weights)
     figures = {"loss": loss.item(), "latents": mean.std().item()}
     if args.adversary and step >= args.critic_from * args.steps:
         verdict = critic_loss(critic.network(audio), critic.network(copy.detach()))
@@ -538,8 +541,8 @@ def commands(sizes, folder, music):
             f"--warmup 50 --shift 1 --ema 0.995 --tag-dropout 0.3 {sizes.dit}",
             f"arc_forcing.py {arc_from} --out {arc} --most 4 --teacher-steps 12 --teacher-cfg 5 "
             f"--warmup-lr 1.5e-4 --lr 1e-5 --d-lr 5e-5 {sizes.arc}",
-            f"nano.py autoencoder --init {codec} --adversary 0.1 --data {sounds} --out {decoder} "
-            f"{sizes.decoder}",
+            f"nano.py autoencoder --init {codec} --waveform-weight 2 --mel-weight 3 --adversary 0.1 "
+            f"--data {sounds} --out {decoder} {sizes.decoder}",
             f"nano.py pack --ckpt {dit} --arc {arc} --autoencoder {decoder} --out {folder}/nano.pt "
             "--steps 6 --cfg 3 --int8"]
 
@@ -589,6 +592,10 @@ def parser():
     s.add_argument("--clip", type=positive_finite, default=1.0, help="gradient norm")
     s.add_argument("--noise", type=not_negative, default=0.25,
                    help="most noise on latents, without --encoder")
+    s.add_argument("--waveform-weight", type=not_negative, default=5.0,
+                   help="weight of the waveform's error in the loss")
+    s.add_argument("--mel-weight", type=not_negative, default=1.0,
+                   help="weight of the mel bands' error, in logs")
     s.add_argument("--kl", type=not_negative, default=1e-4,
                    help="weight of the posterior's divergence, with --encoder")
     s.add_argument("--adversary", type=not_negative, default=0.0, help="weight of an adversarial loss")

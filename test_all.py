@@ -4754,7 +4754,9 @@ def test_autoencoder_losses_by_hand():
     assert nano.posterior_loss(mean, std).item() == pytest.approx((0.5 + 0.5 * (math.e ** 2 - 2 - 1)) / 2)
     tone = 0.1 * torch.sin(torch.arange(16384) / 10).expand(1, 2, -1)
     assert nano.reconstruction_loss(tone, tone).item() == 0
-    assert nano.reconstruction_loss(1.1 * tone, tone) > 0.1 * nano.WAVEFORM
+    louder = [nano.reconstruction_loss(1.1 * tone, tone, *weights).item() for weights in ((), (6,), (5, 2))]
+    assert louder[1] - louder[0] == pytest.approx(0.1, rel=1e-3)            # a tenth of its level
+    assert 0 < louder[2] - louder[0] < math.log(1.1) + 1e-4                 # in bands above the floor
     assert nano.log_spectral_distance(torch.zeros_like(tone), 1e-9 * tone) == 0     # below the floor nothing is heard
     crops = nano.draw_crops([np.ones((9000, 2), np.int16) * 3000] * 2, 50, 8192, 0, 3)
     assert crops.shape == (50, 2, 8192) and (crops.abs() <= 1).all() and crops.min() < 0 < crops.max()
