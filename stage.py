@@ -503,15 +503,15 @@ class Sound:
 
     def pieces(self, latents):
         """Audio pieces (1, 2, n), as `audio.decode_stream` gives them."""
-        return decoded_pieces(self.decoder, self.counted(latents))
+        return decoded_pieces(self.decode, latents)
 
-    def counted(self, latents):
-        """The same blocks. States older than the block that is decoded now are forgotten."""
-        for block in latents:
+    def decode(self, block, last=False):
+        """A block -> its audio, or what is left at the end. States older than the block are forgotten."""
+        if not last:
             self.number += 1
             for number in [number for number in self.kept if number < self.number]:
                 del self.kept[number]
-            yield block
+        return self.decoder(block, last=last)
 
     def state(self):
         return dict(self.kept[self.number], decoder=decoder_state(self.decoder))
