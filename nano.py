@@ -300,16 +300,16 @@ def autoencoder_step(codec, critic, audio, noise, args, step, world):
 
     noise (B, C, T), for the latents. Returns figures for the log."""
     autoencoder = codec.network
-    weights = args.waveform_weight, args.mel_weight
     if args.encoder:
         mean, std = autoencoder.posterior(audio)
         copy = autoencoder.decode(mean + std * noise)
-        loss = reconstruction_loss(copy, audio, *weights) + args.kl * posterior_loss(mean, std)
     else:
         with torch.no_grad():
             mean = autoencoder.encode(audio)
         copy = autoencoder.decode(mean + noise)
-        loss = reconstruction_loss(copy, audio, *weights)
+    loss = reconstruction_loss(copy, audio, args.waveform_weight, args.mel_weight)
+    if args.encoder:
+        loss = loss + args.kl * posterior_loss(mean, std)
     figures = {"loss": loss.item(), "latents": mean.std().item()}
     if args.adversary and step >= args.critic_from * args.steps:
         verdict = critic_loss(critic.network(audio), critic.network(copy.detach()))

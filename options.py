@@ -125,10 +125,8 @@ def check(model, args):
         raise UserError(f"{' and '.join(readers)} cannot both read standard input")
     if args.listen and (args.prime or args.save_state or args.resume_state):
         raise UserError("--listen goes with neither --prime nor --save-state and --resume-state")
-    if args.prime and args.resume_state:
-        raise UserError("--resume-state goes on from what was played: no --prime beside it")
-    for option in "steps", "cfg", "sampler", "forget", "bpm", "chords", "sketch":
+    for option in "prime", "steps", "cfg", "sampler", "forget", "bpm", "chords", "sketch":
         if args.resume_state and getattr(args, option) is not None:
-            raise UserError(f"--resume-state goes on with what was set before: no --{option} beside it")
+            raise UserError(f"--resume-state goes on with what was played and set: no --{option} beside it")
     if (args.delay or args.mix) and not args.listen:
         raise UserError("--delay and --mix belong to --listen")

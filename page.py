@@ -247,7 +247,8 @@ def main():
     show.control = control_of(model, args, show.pace, stopping, None)
     show.settings = sample.sampling_settings(model, args.steps, args.sampler, args.cfg)
     samples = None if math.isinf(args.seconds) else round(args.seconds * rate)
-    pieces, plan, _ = sample.stream_pieces(model, args, samples, False, show.control, None, stopping)
+    pieces, plan, _ = sample.stream_pieces(model, args, samples, False, show.control, show.pace, None,
+                                            stopping)
     say(plan)
     server = Server(show, own.host, own.port)
     threading.Thread(target=server.serve_forever, name="server", daemon=True).start()

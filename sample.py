@@ -418,10 +418,11 @@ def clip_pieces(model, args):
     return pieces(), f"{prompt!r}: one clip, {in_words(settings)}"
 
 
-def stream_pieces(model, args, samples, together, control, saved, stopping):
+def stream_pieces(model, args, samples, together, control, pace, saved, stopping):
     """The audio pieces (1, 2, n) of a stream, at least `samples` of them, a line about the plan, and Sound.
 
-    samples: None for no end; together: make blocks while others are decoded."""
+    samples: None for no end; together: make blocks while others are decoded; pace: where the stream begins,
+    which --listen moves to before block 0."""
     c = model.config
     settings = sampling_settings(model, args.steps, args.sampler, args.cfg)
     in_force = saved["stream"]["settings"] if saved else settings
@@ -437,13 +438,13 @@ def stream_pieces(model, args, samples, together, control, saved, stopping):
     # longer one
     blocks = None
     if samples is not None:
-        end = samples + (saved["position"] if saved else 0)
+        end = pace.position + samples
         blocks = math.ceil((end / c.hop + decoder_margin(c)) / c.block) - sound.number
     typing = Typing(sys.stdin, lambda line: take_line(control, line)) if args.live else None
     listening = None
     if args.listen:
         listening = Listening(model, audio_from(args.listen, c, stopping), args.delay, args.mix)
-        sound.delay = listening.delay
+        pace.first = pace.position = -listening.delay       # silence first: block 0 begins at sample 0
 
     def change(number):
         if typing is not None:
@@ -557,8 +558,7 @@ def main():
             say(f"OSC at 127.0.0.1:{osc.serve(control.say, args.osc)}")
         if args.osc_beats:
             osc.Beats(args.osc_beats, control, pace.heard)
-        pieces, plan, sound = stream_pieces(model, args, samples, together, control, saved, stopping)
-        pace.first = pace.position = pace.position - sound.delay        # block 0 begins at sample 0
+        pieces, plan, sound = stream_pieces(model, args, samples, together, control, pace, saved, stopping)
     if not args.live and args.osc is None:                  # no prompt will follow
         forget_t5()
     say(plan + "; type a prompt, or a /command, and press Enter" * args.live)

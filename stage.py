@@ -490,7 +490,6 @@ class Sound:
         """state: of an earlier `state`, or None. May raise UserError (compile)."""
         self.decoder = streaming_decoder(model.autoencoder, compile)
         self.number = 0                                     # of the next block to be decoded
-        self.delay = 0                                      # samples of silence before block 0 (--listen)
         self.kept = {}                                      # number of the next block -> state of the stream
         if state is not None:
             self.number = state["stream"]["number"]
