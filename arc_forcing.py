@@ -167,8 +167,8 @@ def recorded(predict, calls):
 def rollout(model, prompt, prime, levels, ks, draw, sampler="pingpong", beats=None):
     """Continue prime (B, C, context), block i in ks[i] denoising steps, as `sample.stream` would.
 
-    prompt: EncodedPrompt; levels: of the most denoising steps; draw(): noise of a block; beats (B, len(ks),
-    18): `controls.beat_features` where the blocks begin, or None. Returns the latents
+    prompt: EncodedPrompt; levels: of the most denoising steps; draw(): noise of a block; beats (B,
+    len(ks), block, 18): `controls.beat_features` of their frames, or None. Returns the latents
     (B, C, len(ks) * block) and (x_t, t) of each block's last evaluation, for `replay`."""
     context = Context(model, prompt, prime)
     blocks = []
@@ -185,7 +185,7 @@ def rollout(model, prompt, prime, levels, ks, draw, sampler="pingpong", beats=No
 
 
 def beat_of_block(beats, i):
-    return None if beats is None else beats[:, i:i + 1]
+    return None if beats is None else beats[:, i]
 
 
 def replay(model, prompt, prime, latents, evaluations, gradient, precision, beats=None):
@@ -247,12 +247,15 @@ class Batch(NamedTuple):
                              uniform=self.uniform.to(device), draw=draw)
 
     def beats(self, config, blocks=None):
-        """Where blocks after the context begin in the bar, (B, blocks, 18): see `data.beats_at`. blocks: how
-        many (None: as many as the crops have)."""
+        """Where frames after the context lie in the bar, (B, blocks, block, 18): see `data.beats_at`.
+
+        blocks: how many (None: as many as the crops have)."""
         first = config.context_blocks
         end = self.latents.shape[-1] // config.block if blocks is None else first + blocks
         beats = data.beats_at(self.starts, range(first, end), config)
-        return None if beats is None else beats.to(self.latents.device) * self.with_beat
+        if beats is None:
+            return None
+        return (beats.to(self.latents.device) * self.with_beat).unflatten(1, (-1, config.block))
 
 
 def draw_batch(tracks, config, batch, blocks, most, rows, seed, phase, step):

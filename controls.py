@@ -1,7 +1,7 @@
 """What a player can tell the model beside the prompt: a beat, and a sketch of pitch and loudness.
 
-A beat is tempo and place in the bar, told to each new block through its timestep token (`DiT.beat_in`). A
-sketch is plain pitch and loudness of audio, one column a latent frame, which can be read, drawn, hummed and
+A beat is tempo and place in the bar, added to each frame of the new block, or to its timestep token
+(`DiT.beat_in`). A sketch is plain pitch and loudness of audio, one column a latent frame, which can be read, drawn, hummed and
 given. A model that makes such channels beside its latents can be given those of one recording and asked for
 the rest (for pictures: arXiv 2504.16064). Log energies of 60 semitones, relative to each other, become
 `Config.pitch_channels`; those of 12 bands of mid and of side become `Config.level_channels`: pitch and
@@ -38,19 +38,23 @@ def beat_features(bpm, bar):
     return torch.cat([steady, angles.sin(), angles.cos()], dim=-1).float()
 
 
-def beat_of(beat, batch, device):
-    """(tempo in bpm, place in the bar), numbers or tensors (batch,), or None -> `beat_features` (batch, 1,
-    18); zeros where nothing is told."""
+def beat_of(beat, config, batch, device):
+    """What holds where a block begins -> `beat_features` of its frames (batch, block, 18).
+
+    beat: tempo in bpm, place in the bar and, if it is not 4, how many beats a bar has, numbers or tensors
+    (batch,); None: zeros, nothing is told."""
     if beat is None:
-        return torch.zeros(batch, 1, BEAT_FEATURES, device=device)
-    bpm, bar = (torch.as_tensor(x, dtype=torch.float64, device=device).expand(batch)[:, None] for x in beat)
-    return beat_features(bpm, bar)
+        return torch.zeros(batch, config.block, BEAT_FEATURES, device=device)
+    told = [torch.as_tensor(x, dtype=torch.float64, device=device).expand(batch)[:, None] for x in beat]
+    bpm, bar, beats_per_bar = (*told, BEATS_A_BAR)[:3]
+    minutes = torch.arange(config.block, dtype=torch.float64, device=device) / config.frame_rate / 60
+    return beat_features(bpm.expand(-1, config.block), bar + minutes * bpm / beats_per_bar)
 
 
 def steady_beat(config, bpm, beats_per_bar=BEATS_A_BAR):
     """For `stream`: a tempo that stays, the first block beginning a bar."""
     bars_a_block = config.block / config.frame_rate * bpm / 60 / beats_per_bar
-    return lambda number: (bpm, number * bars_a_block % 1)
+    return lambda number: (bpm, number * bars_a_block % 1, beats_per_bar)
 
 
 # -------------------------------------------------------------------------------- a sketch

@@ -300,14 +300,15 @@ def crops_at(tracks, blocks, block, positions):
 
 
 def beats_at(starts, blocks, config):
-    """`controls.beat_features` (n, len(blocks), 18) of blocks, by their numbers in crops that begin at
-    `Crops.starts`; zeros where a recording's beats are not known. None for a model that cannot be told."""
+    """`controls.beat_features` (n, len(blocks) * block, 18) of the frames of blocks, by their numbers in crops
+    that begin at `Crops.starts`; zeros where a recording's beats are not known. None for a model that cannot be told."""
     if not config.beats:
         return None
-    features = torch.zeros(len(starts), len(blocks), BEAT_FEATURES)
+    frames = torch.cat([torch.arange(number * config.block, (number + 1) * config.block) for number in blocks])
+    features = torch.zeros(len(starts), len(frames), BEAT_FEATURES)
     for row, (beats, start) in zip(features, starts):
         if beats is not None:
-            seconds = (start + torch.tensor(blocks) * config.block).double() / config.frame_rate
+            seconds = (start + frames).double() / config.frame_rate
             bpm = torch.full(seconds.shape, beats.bpm, dtype=torch.float64)
             row.copy_(beat_features(bpm, beats.bar_at(seconds)))
     return features

@@ -37,10 +37,10 @@ def block_losses(model, prompt, latents, noise, t, remat=False, beat=None):
     """Mean squared error on v of the last m blocks, each at its own noise level: (B, m).
 
     prompt: EncodedPrompt; latents (B, C, n * block), the last m blocks to be learned; noise (B, C, m *
-    block); t (B, m); beat (B, m, 18): where they begin in the bar, or None. One pass over [clean blocks |
-    noisy blocks | timestep tokens]: a noisy block sees the clean blocks before it, never itself clean.
-    Block-causal, this equals m passes of one block each after its whole history. Raises ValueError for more
-    than one block encoder-decoder: there all clean blocks see each other, and through them a noisy block
+    block); t (B, m); beat (B, m * block, 18): their frames' places in the bar, or None. One pass over [clean
+    blocks | noisy blocks | timestep tokens]: a noisy block sees the clean blocks before it, never itself
+    clean. Block-causal, this equals m passes of one block each after its whole history. Raises ValueError for
+    more than one block encoder-decoder: there all clean blocks see each other, and through them a noisy block
     would see itself clean."""
     c = model.config
     m = t.shape[1]
@@ -83,7 +83,7 @@ def validation_loss(model, tracks, texts, args, device, precision):
 
 
 def beats_of_blocks(crops, config, blocks):
-    """Where the last blocks of each crop begin in the bar: see `data.beats_at`."""
+    """Where the frames of each crop's last blocks lie in the bar: see `data.beats_at`."""
     first = config.context_blocks
     return data.beats_at(crops.starts, range(first, first + blocks), config)
 
@@ -101,7 +101,7 @@ class Batch(NamedTuple):
     t: torch.Tensor                                         # (B, m)
     weights: torch.Tensor                                   # (B, m), adding up to 1 in each item
     with_prompt: torch.Tensor    # (B,), False where guidance's null prompt is learned
-    beat: torch.Tensor                                      # (B, m, 18), or None
+    beat: torch.Tensor                                      # (B, m * block, 18), or None
 
 
 def missing_context(rng, count, config):

@@ -58,6 +58,7 @@ class Config:
     project_cond: bool = True                               # project conditioning tokens to D
     qk_norm: bool = True
     beats: bool = False                                     # can be told tempo and place in the bar
+    beats_per_frame: bool = False                           # of each new frame; else where the block begins
     objective: str = "rectified_flow"                       # or "v"
     # the stream
     block: int = 48                                         # frames made at once
@@ -134,7 +135,7 @@ PRESETS = {
     "nano": Config(
         ae_width=16, ae_multipliers=(2, 4, 8, 16, 32), ae_strides=(4, 4, 4, 4, 4), latent_limit=6.0,
         pitch_channels=12, level_channels=8, text="words", text_tokens=16, text_width=1024, cond_width=128,
-        width=256, depth=4, heads=4, beats=True),
+        width=256, depth=4, heads=4, beats=True, beats_per_frame=True),
     "sao_small": Config(),
     "sao_1_0": Config(
         text_tokens=128, numbers=(("seconds_start", 0, 512), ("seconds_total", 0, 512)),
@@ -697,11 +698,10 @@ class DiT(nn.Module):
     def embed_clean(self, x):                               # (B, C, T) -> (B, T, D)
         return self.context_in(F.pad(x.transpose(1, 2), (1, 0), value=1.0).to(self.context_in.weight.dtype))
 
-    def embed_time(self, t, global_, beat=None):            # (B, n), (B, D), (B, n, 18) -> (B, n, D)
+    def embed_time(self, t, global_):                       # (B, n), (B, D) -> (B, n, D)
         angles = 2 * math.pi * t[..., None].float() * self.time_frequencies.float()
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)                          # (B, n, 256)
-        token = self.time_embed(features.to(global_.dtype)) + global_[:, None]
-        return token if beat is None else token + self.beat_in(beat.to(token.dtype))
+        return self.time_embed(features.to(global_.dtype)) + global_[:, None]
 
     def unembed(self, h):                                   # (B, T, D) -> (B, C, T)
         v = self.project_out(h).transpose(1, 2)
@@ -715,8 +715,8 @@ class DiT(nn.Module):
         Every use of the model with context is this pass: training (many noisy blocks), streaming (one),
         filling the cache (none). prompt: EncodedPrompt; noisy, clean, cached: Numbered; t (B, n): the noisy
         blocks' levels; start: the stream's frame at which block 0 begins, a number or a tensor of one; beat
-        (B, n, 18): `controls.beat_features` where each noisy block begins, zeros or None where nothing is
-        known of it; remat: recompute activations in the backward pass instead of keeping them (activation
+        (B, n * block, 18): `controls.beat_features` of the noisy frames, zeros or None where nothing is known
+        of it; remat: recompute activations in the backward pass instead of keeping them (activation
         checkpointing). Returns v (B, C, n * block) or None, and each layer's (k, v) of the clean blocks."""
         c, device = self.config, prompt.global_.device
         embedded, positions = [], []
@@ -724,8 +724,12 @@ class DiT(nn.Module):
             embedded.append(self.embed_clean(clean.data))
             positions.append(frames_of(clean.index, c.block, device))
         if noisy.index:
-            embedded.append(self.embed_noisy(noisy.data))
-            embedded.append(self.embed_time(t, prompt.global_, beat))
+            frames, token = self.embed_noisy(noisy.data), self.embed_time(t, prompt.global_)
+            if beat is not None and c.beats_per_frame:
+                frames = frames + self.beat_in(beat.to(frames.dtype))
+            elif beat is not None:
+                token = token + self.beat_in(beat[:, ::c.block].to(token.dtype))
+            embedded += [frames, token]
             positions.append(frames_of(noisy.index, c.block, device))
             # a timestep token rides one before the first frame of its block's window, as in the public model
             positions.append(frames_of(noisy.index, c.block, device)[::c.block] - c.context - 1)
@@ -752,8 +756,8 @@ class DiT(nn.Module):
         return context if self.config.causal else context[..., -self.config.context:]
 
     def forward(self, x, t, cond, context=None, beat=None, remat=False):
-        """Predict v for x (B, C, T) at levels t (B,). beat (B, 1, 18): `controls.beat_features`, with context
-        only.
+        """Predict v for x (B, C, T) at levels t (B,). beat (B, block, 18): `controls.beat_features`, with
+        context only.
 
         Without context: the public model over a whole clip, any T. With context (B, C, whole blocks): x is
         the block that follows it. Nothing is cached. Raises ValueError where either is not whole blocks."""

@@ -56,7 +56,7 @@ class Context:
         self.frames_kept = (c.context_blocks if use_cache else c.reach_blocks) * c.block
         self.start = first * c.block                        # the next block's first frame
         self.kv = None                                      # cached: per layer (k, v)
-        self.beat = None                                    # of the next block: `controls.beat_of` (B, 1, 18)
+        self.beat = None                                    # of the next block, `beat_of`: (B, block, 18)
         self.waiting = 0                                    # how many of the newest blocks are not cached yet
         self.finished = prime[..., :0]                      # latents of the last `frames_kept` frames
         blocks = list(prime.split(c.block, dim=-1)) if prime.shape[-1] else []
@@ -234,10 +234,11 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
     its end, as many as still have any influence.
 
     change, beat and sketch are functions, called with a block's number, 0 the first, before it is made.
-    change gives what holds from there on: a `Turn`, a bare Cond of the same batch, or None. beat gives the
-    tempo in bpm and the place in the bar, in [0, 1), where the block begins, or None. sketch gives a `Given`,
-    or None. listen is called with a block's number after it was made: it gives latents (B, C, block) that
-    were heard meanwhile and take its place in the context, or None, which ends the stream.
+    change gives what holds from there on: a `Turn`, a bare Cond of the same batch, or None. beat gives
+    what `controls.beat_of` takes: the tempo in bpm and the place in the bar, in [0, 1), where the block
+    begins, or None. sketch gives a `Given`, or None. listen is called with a block's number after it was
+    made: it gives latents (B, C, block) that were heard meanwhile and take its place in the context, or None,
+    which ends the stream.
 
     After a bare Cond, finished blocks stay as they are; block-causal, so do their cached keys and values,
     made under the old condition (the newest block's only come with the next); encoder-decoder, the context is
@@ -260,7 +261,7 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
             context.replace_last(heard)
         plan.take_turn(None if change is None else change(number))
         if beat is not None:
-            context.beat = beat_of(beat(number), len(cond.tokens), cond.tokens.device)
+            context.beat = beat_of(beat(number), model.config, len(cond.tokens), cond.tokens.device)
         given = None if sketch is None else sketch(number)
         sampler, cfg = plan.sampler_and_guidance()
         if plan.graphed is not None and sampler != "pingpong++":

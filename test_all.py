@@ -721,10 +721,11 @@ def test_sketch_channels_are_principal_components():
     assert 0.9 < covariance.diag().sqrt().mean() < 1.1
 
 
+@pytest.mark.parametrize("per_frame", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
-def test_beats_are_told_to_the_new_block_alone(causal):
+def test_beats_are_told_to_the_new_block_alone(causal, per_frame):
     """Cached equals uncached with them; a block told nothing is the block of a model that cannot be told."""
-    model = sketching(causal=causal)
+    model = sketching(causal=causal, beats_per_frame=per_frame)
     cond = condition(model)
     kw = dict(blocks=6, cfg=3.0, sampler="pingpong")
     beat = controls.steady_beat(model.config, 92)
@@ -735,7 +736,7 @@ def test_beats_are_told_to_the_new_block_alone(causal):
     assert torch.equal(latents_of(model, cond, beat=lambda number: None, **kw), silent)
     prompt, history = model.dit.encode_prompt(cond), Numbered(torch.randn(2, 13, 18), (0, 1, 2))
     block, t = Numbered(torch.randn(2, 13, 6), (3,)), torch.full((2, 1), 0.5)
-    told = model.dit.blocks(prompt, block, t, history, beat=controls.beat_of((92, 0.25), 2, "cpu"))
+    told = model.dit.blocks(prompt, block, t, history, beat=controls.beat_of((92, 0.25), model.config, 2, "cpu"))
     plain = model.dit.blocks(prompt, block, t, history)
     assert (told[0] - plain[0]).abs().max() > 1e-3
     assert all(torch.equal(x, y) for kv, kv2 in zip(told[1], plain[1]) for x, y in zip(kv, kv2))
@@ -746,8 +747,37 @@ def test_beat_features_go_round_with_the_bar():
     start, half, next_bar = controls.beat_features(bpm, torch.tensor([0.0, 0.5, 1.0]))
     assert start.shape == (18,) and start[:2].tolist() == [1, 0]
     assert torch.allclose(start, next_bar, atol=1e-5) and (start - half).abs().max() > 1
-    bpm, bar = controls.steady_beat(PRESETS["nano"], 60)(2)   # 2 blocks of 48 frames of 1024 samples, 4 beats of a second
+    bpm, bar, _ = controls.steady_beat(PRESETS["nano"], 60)(2)    # 2 blocks of 48 frames of 1024 samples, 4 beats of a second
     assert bpm == 60 and bar == pytest.approx(2 * 48 * 1024 / 44100 / 4)
+
+
+def test_every_frame_has_its_place_in_the_bar():
+    """The frames of one block and of the next go on where those before them end, in bars of four and three."""
+    config = PRESETS["nano"]
+    for beats_per_bar in (4, 3):
+        beat = controls.steady_beat(config, 92, beats_per_bar)
+        told = torch.cat([controls.beat_of(beat(number), config, 1, "cpu")[0] for number in range(3)])
+        bars = torch.arange(3 * config.block).double() / config.frame_rate * 92 / 60 / beats_per_bar
+        expected = controls.beat_features(torch.full(bars.shape, 92.0).double(), bars)
+        assert torch.allclose(told, expected, atol=1e-4)
+    assert torch.equal(controls.beat_of((92, 0.1), config, 1, "cpu"),
+                       controls.beat_of((92, 0.1, 4), config, 1, "cpu"))
+
+
+def test_a_beat_moves_each_frame_or_the_timestep_token():
+    """Told per frame, two blocks that begin alike in the bar but differ in tempo differ from the first frame
+    on; at the token, only where the block begins counts."""
+    for per_frame in (True, False):
+        model = sketching(beats_per_frame=per_frame)
+        c = model.config
+        prompt = model.dit.encode_prompt(condition(model))
+        block, t = Numbered(torch.randn(2, 13, 6), (3,)), torch.full((2, 1), 0.5)
+        history = Numbered(torch.randn(2, 13, 18), (0, 1, 2))
+        beat = controls.beat_of((92, 0.25), c, 2, "cpu")
+        other = beat.clone()
+        other[:, 1:] = controls.beat_of((92, 0.75), c, 2, "cpu")[:, 1:]      # all frames but the first
+        one, two = (model.dit.blocks(prompt, block, t, history, beat=b)[0] for b in (beat, other))
+        assert ((one - two).abs().max() > 1e-3) == per_frame
 
 
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)
@@ -2755,7 +2785,7 @@ def test_beats_and_chords_over_time():
     assert controlled(model, lines=["/bpm 92"]).beat(0) is None         # not before it is begun
     control = controlled(model, lines=["/bpm 92", "/chords Am C"])
     control.change(0)
-    assert control.beat(3) == pytest.approx(controls.steady_beat(model.config, 92)(3))
+    assert control.beat(3) == pytest.approx(controls.steady_beat(model.config, 92)(3)[:2])
     control.apply(live.Setting("bpm", bpm), 0, None)
     given = [control.sketch(number) for number in range(7)]
     a_minor, c_major = (controls.sketch_channels(model, controls.chord_features(name, model.config)[:, None])[:3]
@@ -3648,19 +3678,19 @@ def test_dropped_tags():
 
 
 def test_beats_of_blocks_come_from_the_metadata(tmp_path):
-    """A block's place in the bar is that of its first frame; half a bar later, half a bar on. Tracks without
-    are told nothing, and in one item of five nothing is told."""
+    """Each frame has its own place in the bar; half a bar later, half a bar on. Tracks without are told nothing,
+    and in one item of five nothing is told."""
     config = replace(TINY, beats=True)
     rate = config.frame_rate
     np.save(tmp_path / "a.npy", np.zeros((900, 8), np.float16))
     known = data.Track("a", "x", tmp_path / "a.npy", 20, 900, library.Beats(120.0, 4, 0.25))
     features = data.beats_at([(known.beats, 50), (None, 50)], [3, 4], config)
-    bars = [((50 + 6 * block) / rate - 0.25) * 2 / 4 % 1 for block in (3, 4)]
-    expected = controls.beat_features(torch.full((2,), 120.0).double(), torch.tensor(bars).double())
+    bars = [((50 + 6 * 3 + frame) / rate - 0.25) * 2 / 4 % 1 for frame in range(12)]       # of two blocks
+    expected = controls.beat_features(torch.full((12,), 120.0).double(), torch.tensor(bars).double())
     assert torch.allclose(features[0], expected, atol=1e-5) and not features[1].any()
     batch = finetune.draw_batch([known], config, 200, 2, slice(0, 200), 0, 0)
     dropped = (batch.beat[:, :, 0] == 0).all(1).float().mean().item()
-    assert batch.beat.shape == (200, 2, 18) and 0.1 < dropped < 0.3
+    assert batch.beat.shape == (200, 12, 18) and 0.1 < dropped < 0.3
     part = finetune.draw_batch([known], config, 200, 2, slice(5, 9), 0, 0)
     assert torch.equal(part.beat, batch.beat[5:9])
     assert finetune.draw_batch([known], TINY, 2, 2, slice(0, 2), 0, 0).beat is None
@@ -4178,20 +4208,21 @@ def test_pick_up():
 
 
 def test_arc_tells_the_beat(tmp_path):
-    """A rolled-out block gets the features of its own first frame, a short track's where it was moved to."""
-    config = replace(TINY, beats=True)
-    model = tiny(beats=True)
+    """A rolled-out block gets the features of its own frames, a short track's where it was moved to."""
+    config = replace(TINY, beats=True, beats_per_frame=True)
+    model = tiny(beats=True, beats_per_frame=True)
     np.save(tmp_path / "a.npy", np.zeros((31, 8), np.float16))
     beats = library.Beats(120.0, 4, 0.25)
     track = data.Track("a", "slow", tmp_path / "a.npy", 0, 31, beats)
     batch = arc_forcing.draw_batch([track], config, 40, 4, 3, slice(0, 40), 0, "G", 0)
     features = batch.beats(config)
-    frames = 31 - 7 * 6 + 6 * torch.arange(3, 7)            # a block of the crop is not there
+    frames = 31 - 7 * 6 + 6 * 3 + torch.arange(24)          # a block of the crop is not there
     frames += 0 if batch.music[0, 18] else 6
     bars = [beats.bar_at(frame.item() / config.frame_rate) for frame in frames]
-    expected = controls.beat_features(torch.full((4,), 120.0).double(), torch.tensor(bars).double())
+    expected = controls.beat_features(torch.full((24,), 120.0).double(), torch.tensor(bars).double())
+    expected = expected.unflatten(0, (4, 6))
     told = batch.with_beat[:, 0, 0] == 1
-    assert torch.allclose(features[told], expected.expand(int(told.sum()), -1, -1), atol=1e-5)
+    assert torch.allclose(features[told], expected.expand(int(told.sum()), -1, -1, -1), atol=1e-5)
     assert not features[~told].any() and 0.6 < told.float().mean() < 1
     prompt = model.dit.encode_prompt(condition(model))
     prime = torch.randn(2, 8, 18)
@@ -4199,7 +4230,7 @@ def test_arc_tells_the_beat(tmp_path):
     with torch.no_grad():
         plain, _ = arc_forcing.rollout(*args, noises(4))
         with_beats, _ = arc_forcing.rollout(*args, noises(4), beats=features[told][:2])
-        steady = lambda number: (120.0, bars[number])
+        steady = lambda number: (120.0, bars[6 * number])
         streamed = latents_of(model, condition(model), 4, steps=3, sampler="pingpong", seed=4, prime=prime,
                               beat=steady)
     assert (plain - with_beats).abs().max() > 1e-3
@@ -5509,13 +5540,13 @@ def test_an_excerpt_from_stored_latents(tmp_path):
 
 def test_streams_told_the_beats_of_their_labels():
     rows = [{"bpm": 92.0, "beats_per_bar": "3"}, {"bpm": 120.0}]
-    bpm, bar = measure.beats_of(rows, 3, PRESETS["nano"])(5)
-    assert bpm.tolist() == [92, 120, 92] and bar.dtype == torch.float64
+    bpm, bar, per_bar = measure.beats_of(rows, 3, PRESETS["nano"])(5)
+    assert per_bar.tolist() == [3, 4, 3] and bpm.tolist() == [92, 120, 92] and bar.dtype == torch.float64
     seconds = 5 * PRESETS["nano"].block / PRESETS["nano"].frame_rate
     assert bar.tolist() == pytest.approx([seconds * 92 / 60 / 3 % 1, seconds * 2 / 4 % 1,
                                           seconds * 92 / 60 / 3 % 1])
-    features = controls.beat_of((bpm, bar), 3, "cpu")
-    assert torch.equal(features[1], controls.beat_of((120, bar[1].item()), 1, "cpu")[0])
+    features = controls.beat_of((bpm, bar, per_bar), PRESETS["nano"], 3, "cpu")
+    assert torch.equal(features[1], controls.beat_of((120, bar[1].item()), PRESETS["nano"], 1, "cpu")[0])
 
 
 def test_obey_command(tmp_path, monkeypatch, capsys):
