@@ -139,7 +139,8 @@ def sound(model, dataset, prompts, args):
     rate = model.config.sample_rate
     seconds = args.seconds or 30
     train, held_out = read_split(Path(args.data), dataset, model.config, seconds, args.excerpts)
-    made = [audio for audio, _ in make_streams(model, prompts, seconds, args)]
+    beat = beats_of(dataset.validation, args.seeds, model.config) if args.beats else None
+    made = [audio for audio, _ in make_streams(model, prompts, seconds, args, beat)]
     sides = {"training": train, "decoded": [through_autoencoder(model, audio) for audio in train],
              "held out": held_out, "streams": made}
     frames = {name: [features(audio, rate) for audio in side] for name, side in sides.items()}
@@ -226,7 +227,8 @@ def drift(model, dataset, prompts, args):
                         "together (--window)")
     train, held_out = read_split(Path(args.data), dataset, model.config, 60, args.excerpts)
     reference = torch.cat([features(audio, rate) for audio in held_out])
-    made = make_streams(model, prompts, seconds, args)
+    beat = beats_of(dataset.validation, args.seeds, model.config) if args.beats else None
+    made = make_streams(model, prompts, seconds, args, beat)
     starts = range(0, int(seconds) - window + 1, window)
     windows = [[audio[:, start * rate:(start + window) * rate] for start in starts] for audio, _ in made]
     frames = [[features(part, rate) for part in parts] for parts in windows]
@@ -253,6 +255,7 @@ def drift(model, dataset, prompts, args):
               f"slope {of_slope:.1f}")
     streams = [audio for audio, _ in made]
     compare_ends(streams, reference, rate, min(60, seconds // 2))
+    compare_beats(streams, dataset.validation, rate, min(60, seconds // 2))
     print_seams("streams", streams, model.config)
     beside = {}
     decoded = [through_autoencoder(model, audio) for audio in train]
@@ -289,6 +292,24 @@ def compare_ends(sounds, reference, rate, seconds):
           f"level {loudness[1] - loudness[0]:+.1f} dB, "
           f"brightness {100 * (bright[1] / max(bright[0], 1e-9) - 1):+.1f} %, "
           f"width {100 * (wide[1] / max(wide[0], 1e-9) - 1):+.1f} %")
+
+
+def compare_beats(sounds, tracks, rate, seconds):
+    """Print how many beats of the first and of the last seconds of sounds (2, n) lie on a grid that begins with
+    the sound, in the tempo of the track whose prompt it has. Only of tracks with drums and known beats."""
+    shares = []
+    for seed, audio in enumerate(sounds):
+        track = tracks[seed % len(tracks)]
+        if track.beats is None or "drums" not in track.prompt:
+            continue
+        whole, beat = audio.shape[1] / rate, 60 / track.beats.bpm
+        ends = (audio[:, :seconds * rate], 0), (audio[:, -seconds * rate:], seconds - whole)
+        shares.append([on_the_grid(offsets_of(onset_times(end, rate), beat, first, seconds))
+                       for end, first in ends])
+    if shares:
+        first, last = (100 * mean_of(side) for side in zip(*shares))
+        print(f"beats of the first and the last {seconds} s within {BEAT_ERROR} ms of the grid, of those with an "
+              f"onset within {NEAR_BEAT} ms: {first:.0f} and {last:.0f} % ({len(shares)} streams)")
 
 
 def write_rows(path, rows):
@@ -380,10 +401,14 @@ def genre_of_each(heard, pieces, references, genres):
     return found
 
 
-def beats_of(asked, count, config):
-    """For `stream`: each of `count` streams keeps to the tempo of its row of labels."""
-    rows = [asked[seed % len(asked)] for seed in range(count)]
-    beats = [steady_beat(config, row["bpm"], float(row.get("beats_per_bar") or 4)) for row in rows]
+def beats_of(tracks, count, config):
+    """For `stream`: each of `count` streams keeps to the tempo of the track whose prompt it has. Raises
+    UserError where one's beats are not known."""
+    for track in tracks:
+        if track.beats is None:
+            raise UserError(f"--beats: the metadata has no bpm and first_beat of {track.name}")
+    owners = [tracks[seed % len(tracks)] for seed in range(count)]
+    beats = [steady_beat(config, track.beats.bpm, track.beats.per_bar) for track in owners]
     return lambda number: torch.tensor([beat(number) for beat in beats]).double().T
 
 
@@ -437,7 +462,7 @@ def obey(model, dataset, args):
     decoded = [hear(from_latents(model, track, start, seconds), c.sample_rate)
                for track, (_, start) in zip(tracks, pieces.excerpts)]
     prompts = [known_words(model, track.prompt) for track in tracks]
-    beat = beats_of(asked, args.seeds, c) if args.beats else None
+    beat = beats_of(tracks, args.seeds, c) if args.beats else None
     streamed = make_streams(model, prompts, seconds, args, beat)
     streams = [hear(audio, c.sample_rate) for audio, _ in streamed]
 
@@ -541,7 +566,7 @@ def parse_args():
                    help="with --obey: give streams the pitch of held-out pieces, under prompts of other "
                    "genres, and see how they follow it")
     p.add_argument("--beats", action="store_true",
-                   help="with --obey: tell the model the beats too (as sample.py --bpm), not only the prompt")
+                   help="tell the model the beats of held-out tracks too (as sample.py --bpm), not only their prompts")
     p.add_argument("--seconds", type=whole,
                    help="length of each stream (default: 30, --drift 120, --obey 15)")
     p.add_argument("--window", type=whole, default=10, help="seconds that --drift looks at together")
@@ -565,8 +590,8 @@ def parse_args():
         raise UserError("--drift and --obey are two measurements: one at a time")
     if args.drift and args.picture:
         raise UserError("--picture is for the figures without --drift, which draws its own (--out)")
-    if (args.beats or args.sketch) and not args.obey:
-        raise UserError("--beats and --sketch go with --obey")
+    if args.sketch and not args.obey:
+        raise UserError("--sketch goes with --obey")
     if args.beats and args.sketch:
         raise UserError("--beats and --sketch are two measurements: one at a time")
     if args.obey and args.picture:

@@ -5538,15 +5538,34 @@ def test_an_excerpt_from_stored_latents(tmp_path):
     assert (made - expected[:, first:first + made.shape[1]])[:, inner].abs().max() < 2e-3
 
 
-def test_streams_told_the_beats_of_their_labels():
-    rows = [{"bpm": 92.0, "beats_per_bar": "3"}, {"bpm": 120.0}]
-    bpm, bar, per_bar = measure.beats_of(rows, 3, PRESETS["nano"])(5)
+def beating(bpm, beats_per_bar=4, prompt="house, drums"):
+    """A track of no audio with known beats."""
+    return data.Track("a", prompt, Path("a.npy"), 0, 99, library.Beats(bpm, beats_per_bar, 0.0))
+
+
+def test_streams_told_the_beats_of_their_tracks():
+    tracks = [beating(92.0, 3), beating(120.0)]
+    bpm, bar, per_bar = measure.beats_of(tracks, 3, PRESETS["nano"])(5)
     assert per_bar.tolist() == [3, 4, 3] and bpm.tolist() == [92, 120, 92] and bar.dtype == torch.float64
     seconds = 5 * PRESETS["nano"].block / PRESETS["nano"].frame_rate
     assert bar.tolist() == pytest.approx([seconds * 92 / 60 / 3 % 1, seconds * 2 / 4 % 1,
                                           seconds * 92 / 60 / 3 % 1])
     features = controls.beat_of((bpm, bar, per_bar), PRESETS["nano"], 3, "cpu")
     assert torch.equal(features[1], controls.beat_of((120, bar[1].item()), PRESETS["nano"], 1, "cpu")[0])
+    with pytest.raises(UserError, match="no bpm and first_beat of a"):
+        measure.beats_of([beating(92.0)._replace(beats=None)], 1, PRESETS["nano"])
+
+
+def test_beats_of_the_first_and_the_last_seconds(capsys):
+    """A stream a little too fast begins on the grid and leaves it; those without drums are not judged."""
+    clicks = {bpm: spread_clicks(bpm, seconds=40) for bpm in (100, 100.15)}
+    track = beating(100.0)
+    measure.compare_beats([clicks[100]], [track], 44100, 10)
+    assert ": 100 and 100 % (1 streams)" in capsys.readouterr().out
+    measure.compare_beats([clicks[100.15]], [track], 44100, 10)
+    assert ": 100 and 0 % (1 streams)" in capsys.readouterr().out
+    measure.compare_beats([clicks[100]], [beating(100.0, prompt="ambient")], 44100, 10)
+    assert not capsys.readouterr().out
 
 
 def test_obey_command(tmp_path, monkeypatch, capsys):
