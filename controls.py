@@ -1,11 +1,14 @@
 """What a player can tell the model beside the prompt: a beat, and a sketch of pitch and loudness.
 
-A beat is tempo and place in the bar, added to each frame of the new block, or to its timestep token
-(`DiT.beat_in`). A sketch is plain pitch and loudness of audio, one column a latent frame, which can be read, drawn, hummed and
+A beat is tempo and place in the bar, added (`DiT.beat_in`) to each frame of the new block, or as in nano.pt
+to its timestep token. From a single token the frames hardly learn where in the bar they lie: what they read
+of it has no place, and they know their own place only relative to each other.
+
+A sketch is plain pitch and loudness of audio, one column a latent frame, which can be read, drawn, hummed and
 given. A model that makes such channels beside its latents can be given those of one recording and asked for
 the rest (for pictures: arXiv 2504.16064). Log energies of 60 semitones, relative to each other, become
 `Config.pitch_channels`; those of 12 bands of mid and of side become `Config.level_channels`: pitch and
-loudness apart, so that one can be given without the other. """
+loudness apart, so that one can be given without the other."""
 import math
 import re
 from functools import lru_cache

@@ -300,11 +300,13 @@ def crops_at(tracks, blocks, block, positions):
 
 
 def beats_at(starts, blocks, config):
-    """`controls.beat_features` (n, len(blocks) * block, 18) of the frames of blocks, by their numbers in crops
-    that begin at `Crops.starts`; zeros where a recording's beats are not known. None for a model that cannot be told."""
+    """`controls.beat_features` (n, len(blocks) * block, 18) of the frames of blocks, by their numbers in
+    crops that begin at `Crops.starts`; zeros where a recording's beats are not known. None for a model that
+    cannot be told."""
     if not config.beats:
         return None
-    frames = torch.cat([torch.arange(number * config.block, (number + 1) * config.block) for number in blocks])
+    block = config.block
+    frames = torch.cat([torch.arange(number * block, (number + 1) * block) for number in blocks])
     features = torch.zeros(len(starts), len(frames), BEAT_FEATURES)
     for row, (beats, start) in zip(features, starts):
         if beats is not None:
