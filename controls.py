@@ -1,8 +1,8 @@
 """What a player can tell the model beside the prompt: a beat, and a sketch of pitch and loudness.
 
 A beat is tempo and place in the bar, added (`DiT.beat_in`) to each frame of the new block, or as in nano.pt
-to its timestep token. From a single token the frames hardly learn where in the bar they lie: what they read
-of it has no place, and they know their own place only relative to each other.
+to its timestep token. From a single token the frames hardly learn where in the bar they lie: all of
+them read the same of it, and each knows its own place only relative to others.
 
 A sketch is plain pitch and loudness of audio, one column a latent frame, which can be read, drawn, hummed and
 given. A model that makes such channels beside its latents can be given those of one recording and asked for

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch.quasirandom import SobolEngine
 
 import data
-from common import (UserError, finite, fraction, load, not_negative, positive_finite, random_seed, regime_of,
-                    run, save, speed, thread_count, training_precision, uninterrupted, whole, whole_or_zero)
+from common import (UserError, finite, fraction, load, not_negative, positive_finite, random_seed,
+                    read_checkpoint, regime_of, run, save, speed, thread_count, training_precision,
+                    uninterrupted, whole, whole_or_zero)
 from model import Numbered, add_noise, shift_time, velocity
 from training import (Average, average_gradients, check_text_encoder, clip_gradients, condition,
                       describe_batch, encode_texts, keep_earlier_run, Log, millions, parse, prepare_once,
@@ -186,6 +187,9 @@ def parser():
     p.add_argument("--block", type=whole, help="frames of a block (default: the checkpoint's)")
     p.add_argument("--context-blocks", type=whole, help="blocks of context (default: the checkpoint's)")
     p.add_argument("--blocks", type=whole, default=8, help="blocks learned at once in a crop, with --causal")
+    p.add_argument("--beats-per-frame", action="store_const", const=True,
+                   help="tell each frame its place in the bar from now on, where the checkpoint was told once "
+                        "a block")
     # optimization
     p.add_argument("--steps", type=whole, default=10000)
     p.add_argument("--batch", type=whole, default=16,
@@ -234,9 +238,13 @@ def check_options(args):
 
 def start_model(args):
     """The model that --init and the stream's options name. Raises UserError."""
-    names = "causal", "block", "context_blocks"
+    names = "causal", "block", "context_blocks", "beats_per_frame"
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     model = load(args.init, **overrides)
+    if args.beats_per_frame and not model.config.beats:
+        raise UserError(f"--beats-per-frame: {args.init} cannot be told a beat")
+    if args.beats_per_frame and not read_checkpoint(args.init)["config"].get("beats_per_frame"):
+        torch.nn.init.zeros_(model.dit.beat_in.weight)      # what it learned was for the timestep token
     sampling = model.sampling if model.stage == "finetune" else model.sampling.get("finetuned", {})
     sampling = {**sampling, "words": model.sampling.get("words", [])}
     model.stage = "finetune"
@@ -247,7 +255,7 @@ def start_model(args):
 def check_unchanged(args, saved, config):
     """UserError for options that --resume cannot change, given with another value than the run began with."""
     began_with = {**saved["args"], **config.to_dict()}
-    for name in "init", "causal", "block", "context_blocks", "muon":
+    for name in "init", "causal", "block", "context_blocks", "beats_per_frame", "muon":
         now = getattr(args, name)
         then = began_with.get(name, now)
         same = now == then

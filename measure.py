@@ -309,8 +309,8 @@ def compare_beats(sounds, tracks, rate, seconds):
                        for end, first in ends])
     if shares:
         first, last = (100 * mean_of(side) for side in zip(*shares))
-        print(f"beats of the first and the last {seconds} s within {BEAT_ERROR} ms of the grid, of those with "
-              f"an onset within {NEAR_BEAT} ms: {first:.0f} and {last:.0f} % ({len(shares)} streams)")
+        print(f"beats of the first and the last {seconds} s within {BEAT_ERROR} ms of the grid, of those "
+              f"with an onset within {NEAR_BEAT} ms: {first:.0f} and {last:.0f} % ({len(shares)} streams)")
 
 
 def write_rows(path, rows):
@@ -567,8 +567,8 @@ def parse_args():
                    help="with --obey: give streams the pitch of held-out pieces, under prompts of other "
                    "genres, and see how they follow it")
     p.add_argument("--beats", action="store_true",
-                   help="tell the model the beats of held-out tracks too (as sample.py --bpm), not only their "
-                        "prompts")
+                   help="tell the model the beats of held-out tracks too (as sample.py --bpm), not only "
+                        "their prompts")
     p.add_argument("--seconds", type=whole,
                    help="length of each stream (default: 30, --drift 120, --obey 15)")
     p.add_argument("--window", type=whole, default=10, help="seconds that --drift looks at together")

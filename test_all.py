@@ -3751,6 +3751,24 @@ def test_a_beat_is_learned_from_metadata_and_played(music, tmp_path, call):
     assert status == 2 and "20 to 400" in err
 
 
+def test_beats_once_a_block_become_beats_per_frame(music, tmp_path, call):
+    """The layer that read a block's beat starts anew, once; a model that cannot be told a beat says so."""
+    common.save(tiny(beats=True), tmp_path / "block.pt")
+    rate_of_nothing = "--lr", 1e-12, "--steps", 1, "--beats-per-frame"
+    args = "--data", music, *TRAIN, *rate_of_nothing
+    assert call(finetune.main, "--init", "block.pt", *args)[0] == 0
+    model = common.load(tmp_path / "out" / "finetune.pt")
+    assert model.config.beats_per_frame and model.dit.beat_in.weight.abs().max() < 1e-9
+    frames = tiny(beats=True, beats_per_frame=True)
+    common.save(frames, tmp_path / "frame.pt")
+    assert call(finetune.main, "--init", "frame.pt", *args, "--out", "again.pt")[0] == 0
+    again = common.load(tmp_path / "again.pt").dit.beat_in.weight
+    assert (again - frames.dit.beat_in.weight).abs().max() < 1e-6
+    common.save(tiny(), tmp_path / "none.pt")
+    status, err = call(finetune.main, "--init", "none.pt", *args)
+    assert status == 2 and "--beats-per-frame: none.pt cannot be told a beat" in err
+
+
 def test_encoder_decoder_learns_one_block_of_a_crop():
     """With more, a noisy block would see itself clean, by way of the clean blocks before it."""
     model, latents = tiny(causal=False), torch.randn(2, 8, 30)
