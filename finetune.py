@@ -188,8 +188,8 @@ def parser():
     p.add_argument("--context-blocks", type=whole, help="blocks of context (default: the checkpoint's)")
     p.add_argument("--blocks", type=whole, default=8, help="blocks learned at once in a crop, with --causal")
     p.add_argument("--beats-per-frame", action="store_const", const=True,
-                   help="tell each frame its place in the bar from now on, where the checkpoint was told once "
-                        "a block")
+                   help="from now on tell each frame its place in the bar, where the checkpoint was told it "
+                        "once a block")
     # optimization
     p.add_argument("--steps", type=whole, default=10000)
     p.add_argument("--batch", type=whole, default=16,
