@@ -4847,7 +4847,8 @@ def test_pack_takes_a_newer_decoder(tmp_path, call):
     packed = sample.load(tmp_path / "packed.pt")
     assert torch.allclose(packed.dit.project_in.weight, mixed, atol=1e-3)
     assert packed.stage == "arc"    # what is finetuned from it is not, and plays with guidance again
-    args = argparse.Namespace(init=tmp_path / "packed.pt", causal=None, block=None, context_blocks=None)
+    args = argparse.Namespace(init=tmp_path / "packed.pt", causal=None, block=None, context_blocks=None,
+                              beats_per_frame=None)
     assert sample.sampling_settings(finetune.start_model(args)) == nano.AFTER_FINETUNING
 
 
