@@ -26,7 +26,7 @@ from common import UserError, device_of, load, run, say, speed, write_whole
 from controls import BEAT_FEATURES, beat_features
 from library import (Beats, beats_of_row, composed, find_files, find_prompt, held_out_folder, read_metadata,
                      split)
-from model import words_of
+from model import frames_of, words_of
 from recordings import read_audio
 
 SHORTEST = 0.5                                              # seconds; a shorter clip is no music
@@ -300,13 +300,12 @@ def crops_at(tracks, blocks, block, positions):
 
 
 def beats_at(starts, blocks, config):
-    """`controls.beat_features` (n, len(blocks) * block, 18) of the frames of blocks, by their numbers in
-    crops that begin at `Crops.starts`; zeros where a recording's beats are not known. None for a model that
-    cannot be told."""
+    """`controls.beat_features` (n, len(blocks) * block, 18) of the frames of blocks that follow one another,
+    by their numbers in crops that begin at `Crops.starts`; zeros where a recording's beats are not known.
+    None for a model that cannot be told."""
     if not config.beats:
         return None
-    block = config.block
-    frames = torch.cat([torch.arange(number * block, (number + 1) * block) for number in blocks])
+    frames = frames_of(blocks, config.block, "cpu")
     features = torch.zeros(len(starts), len(frames), BEAT_FEATURES)
     for row, (beats, start) in zip(features, starts):
         if beats is not None:

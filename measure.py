@@ -25,10 +25,10 @@ from audio import decode_stream, decoder_margin, encode_chunks, pcm
 from common import (PRECISIONS, UserError, check_streams, default_checkpoint, device_of, finite, load,
                     playing_precision, run, say, speed, step_count, thread_count, whole, writable)
 from controls import Given, steady_beat
-from figures import (BEAT_ERROR, HOP, NEAR_BEAT, brightness, chroma_change, chroma_correlation, features,
-                     frechet, genre_features, key_obeyed, key_of, level, log_mel, nearest_genre, offsets_of,
-                     on_the_grid, onset_times, onsets_per_second, scale_of, seams, tempo_obeyed, tempo_of,
-                     width)
+from figures import (BEAT_ERROR, HOP, NEAR_BEAT, beat_offsets, brightness, chroma_change, chroma_correlation,
+                     features, frechet, genre_features, key_obeyed, key_of, level, log_mel, nearest_genre,
+                     offsets_of, on_the_grid, onset_times, onsets_per_second, scale_of, seams, tempo_obeyed,
+                     tempo_of, width)
 from recordings import read_audio
 from sample import SAMPLERS, known_words, sampling_settings, stream
 
@@ -129,7 +129,7 @@ def jackknife(items, statistic):
 
 
 # -------------------------------------------------------------------------------- sound
-def sound(model, dataset, prompts, args):
+def sound(model, dataset, prompts, args, beat):
     """Print figures of streams beside those of training recordings, plain and through the autoencoder, and
     those of held-out recordings.
 
@@ -139,7 +139,6 @@ def sound(model, dataset, prompts, args):
     rate = model.config.sample_rate
     seconds = args.seconds or 30
     train, held_out = read_split(Path(args.data), dataset, model.config, seconds, args.excerpts)
-    beat = beats_of(dataset.validation, args.seeds, model.config) if args.beats else None
     made = [audio for audio, _ in make_streams(model, prompts, seconds, args, beat)]
     sides = {"training": train, "decoded": [through_autoencoder(model, audio) for audio in train],
              "held out": held_out, "streams": made}
@@ -216,7 +215,7 @@ def summary(curve, window):
     return np.mean(curve), np.mean(curve[-ends:]) - np.mean(curve[:ends]), slope
 
 
-def drift(model, dataset, prompts, args):
+def drift(model, dataset, prompts, args, beat):
     """Print the distance to held-out recordings, `--window` seconds at a time, over all seeds, its gap and
     slope, and how the last minute differs from the first. CSV and PNG."""
     rate = model.config.sample_rate
@@ -227,7 +226,6 @@ def drift(model, dataset, prompts, args):
                         "together (--window)")
     train, held_out = read_split(Path(args.data), dataset, model.config, 60, args.excerpts)
     reference = torch.cat([features(audio, rate) for audio in held_out])
-    beat = beats_of(dataset.validation, args.seeds, model.config) if args.beats else None
     made = make_streams(model, prompts, seconds, args, beat)
     starts = range(0, int(seconds) - window + 1, window)
     windows = [[audio[:, start * rate:(start + window) * rate] for start in starts] for audio, _ in made]
@@ -305,8 +303,7 @@ def compare_beats(sounds, tracks, rate, seconds):
             continue
         whole, beat = audio.shape[1] / rate, 60 / track.beats.bpm
         ends = (audio[:, :seconds * rate], 0), (audio[:, -seconds * rate:], seconds - whole)
-        shares.append([on_the_grid(offsets_of(onset_times(end, rate), beat, first, seconds))
-                       for end, first in ends])
+        shares.append([on_the_grid(beat_offsets(end, rate, beat, first)) for end, first in ends])
     if shares:
         first, last = (100 * mean_of(side) for side in zip(*shares))
         print(f"beats of the first and the last {seconds} s within {BEAT_ERROR} ms of the grid, of those "
@@ -631,7 +628,8 @@ def main():
             (follow if args.sketch else obey)(model, dataset, args)
             return
         prompts = [known_words(model, track.prompt) for track in dataset.validation]
-        (drift if args.drift else sound)(model, dataset, prompts, args)
+        beat = beats_of(dataset.validation, args.seeds, model.config) if args.beats else None
+        (drift if args.drift else sound)(model, dataset, prompts, args, beat)
 
 
 if __name__ == "__main__":

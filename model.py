@@ -728,7 +728,8 @@ class DiT(nn.Module):
             if beat is not None and c.beats_per_frame:
                 frames = frames + self.beat_in(beat.to(frames.dtype))
             elif beat is not None:
-                token = token + self.beat_in(beat[:, ::c.block].to(token.dtype))
+                # contiguous: the product of a strided tensor would be rounded otherwise
+                token = token + self.beat_in(beat[:, ::c.block].contiguous().to(token.dtype))
             embedded += [frames, token]
             positions.append(frames_of(noisy.index, c.block, device))
             # a timestep token rides one before the first frame of its block's window, as in the public model

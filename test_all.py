@@ -736,7 +736,8 @@ def test_beats_are_told_to_the_new_block_alone(causal, per_frame):
     assert torch.equal(latents_of(model, cond, beat=lambda number: None, **kw), silent)
     prompt, history = model.dit.encode_prompt(cond), Numbered(torch.randn(2, 13, 18), (0, 1, 2))
     block, t = Numbered(torch.randn(2, 13, 6), (3,)), torch.full((2, 1), 0.5)
-    told = model.dit.blocks(prompt, block, t, history, beat=controls.beat_of((92, 0.25), model.config, 2, "cpu"))
+    beat = controls.beat_of((92, 0.25), model.config, 2, "cpu")
+    told = model.dit.blocks(prompt, block, t, history, beat=beat)
     plain = model.dit.blocks(prompt, block, t, history)
     assert (told[0] - plain[0]).abs().max() > 1e-3
     assert all(torch.equal(x, y) for kv, kv2 in zip(told[1], plain[1]) for x, y in zip(kv, kv2))
@@ -765,8 +766,8 @@ def test_every_frame_has_its_place_in_the_bar():
 
 
 def test_a_beat_moves_each_frame_or_the_timestep_token():
-    """Told per frame, two blocks that begin alike in the bar but differ in tempo differ from the first frame
-    on; at the token, only where the block begins counts."""
+    """Two beats that are alike where the block begins and not after it: told per frame they make two blocks,
+    at the token, where only the beginning counts, one."""
     for per_frame in (True, False):
         model = sketching(beats_per_frame=per_frame)
         c = model.config
@@ -3678,8 +3679,8 @@ def test_dropped_tags():
 
 
 def test_beats_of_blocks_come_from_the_metadata(tmp_path):
-    """Each frame has its own place in the bar; half a bar later, half a bar on. Tracks without are told nothing,
-    and in one item of five nothing is told."""
+    """Each frame has its own place in the bar; half a bar later, half a bar on. Tracks without are told
+    nothing, and in one item of five nothing is told."""
     config = replace(TINY, beats=True)
     rate = config.frame_rate
     np.save(tmp_path / "a.npy", np.zeros((900, 8), np.float16))
