@@ -6,7 +6,8 @@ The same lines are typed, stand in schedule files, and come from the command lin
     COMMAND  PROMPT                 slow piano
              MIX                    house:0.7 + reggae:0.3       weights are divided by their sum
              MIX ~ SECONDS          slow piano ~ 8               a morph over so many seconds
-             /bpm 92     /bpm off   the beat (models that can be told one)
+             /bpm 92     /bpm off   the beat (models that can be told one); where each frame is told its place
+                                    in the bar, a prompt with "92 bpm" in it says so too
              /cfg 4                 guidance; 1 for none
              /steps 8               denoising steps of a block
              /forget 3              blocks of the past that are dropped when the heaviest prompt changes
@@ -33,6 +34,8 @@ from controls import BEATS_A_BAR, GIVES, chord_channels, chord_notes, given_of
 from model import Cond, words_of
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
+TEMPO = re.compile(r"(?<![\d.])(\d+\.?\d*) ?bpm\b", re.IGNORECASE)
+SLOWEST, FASTEST = 20, 400                                  # beats a minute
 TIME = re.compile(r"(?:(?:(\d+):)?(\d+):)?(\d+\.?\d*|\.\d+)$")
 LARGEST = 10 ** 6                                           # of all numbers in a line
 CHORDS_UNTIL = 0.3                                          # written chords have no timbre: the model adds it
@@ -177,7 +180,8 @@ def parse_setting(text, at=0):
         setting = Setting(name, None)
     elif name == "bpm":
         off = value == "off"
-        setting = Setting(name, None if off else number(value, value_at, "a tempo, or off,", 20, 400))
+        setting = Setting(name, None if off else number(value, value_at, "a tempo, or off,", SLOWEST,
+                                                    FASTEST))
     elif name == "cfg":
         setting = Setting(name, number(value, value_at, "guidance", -100, 100))
     elif name == "steps":
@@ -316,6 +320,12 @@ def encoded_words(model, numbers, prompt):
     return model.conditioner([kept], **numbers)
 
 
+def tempo_named(prompt):
+    """"house, A minor, 129 bpm" -> 129.0; None where the prompt names no tempo."""
+    found = TEMPO.search(prompt)
+    return float(found[1]) if found and SLOWEST <= float(found[1]) <= FASTEST else None
+
+
 # -------------------------------------------------------------------------------- what each block plays
 class Turn(NamedTuple):
     """What changes with the block that is about to be made.
@@ -379,6 +389,7 @@ class Control:
         self.origin = self.target = line.command.weights    # the mix before a morph, and after it
         self.morph = (0.0, 0.0)                             # where it begins, and how long it takes: seconds
         self.heaviest = heaviest(self.target, None)
+        self.keep_named_tempo(0)
         self.cond = self.mixed(self.target)                 # of the first block
         self.told = dict(self.target)                       # the mix that the stream was told last
         for line in schedule:
@@ -558,11 +569,11 @@ class Control:
             self.morph = (now, command.seconds)
             conds = {**self.conds, **needs}
             self.conds = {prompt: conds[prompt] for prompt in {**self.origin, **self.target}}
+            self.keep_named_tempo(number)
         elif command.name in ("cfg", "steps", "forget"):
             self.settings[command.name] = command.value
         elif command.name == "bpm":
-            self.beat_from = (number, self.bars(number) or 0.0)
-            self.bpm = command.value
+            self.keep_tempo(command.value, number)
         elif command.name == "chords":
             self.chords = command.value
             if self.chords and self.sketched and self.sketched.what != "level":     # the pitch is taken
@@ -574,6 +585,17 @@ class Control:
                 self.chords = None
         elif command.name == "stop":
             self.end = number
+
+    def keep_tempo(self, bpm, number):
+        """From block `number` on, the bar going on from where it is; None for no tempo."""
+        self.beat_from = (number, self.bars(number) or 0.0)
+        self.bpm = bpm
+
+    def keep_named_tempo(self, number):
+        """The heaviest prompt's own, if it names one and the model has learned to lean on the beat."""
+        named = tempo_named(heaviest(self.target, None))
+        if named and self.model.config.beats_per_frame:
+            self.keep_tempo(named, number)
 
     def mix_at(self, moment):
         """{prompt: weight} at a second of the stream."""

@@ -137,6 +137,12 @@ def script(name, *args, **kw):
     return subprocess.run([sys.executable, HERE / name, *map(str, args)], capture_output=True, **kw)
 
 
+def on_two_processes(port, name, *args, cwd):
+    """A training begun under torchrun, to go on beside what the test does meanwhile."""
+    run = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", HERE / name, *args]
+    return subprocess.Popen([sys.executable, *map(str, run)], cwd=cwd, text=True, stderr=subprocess.PIPE)
+
+
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
     """A script's main in this process, in a folder -> (status, standard error): a process of its own needs 3
@@ -508,7 +514,7 @@ def test_port_matches_diffusers_1_0():
     check_networks(model, z, {name: z[name] for name in ("seconds_start", "seconds_total")})
 
 
-def test_without_speed_the_rest_is_complete(tiny_file, music, tmp_path):
+def test_without_speed_the_rest_is_complete(tiny_file, music, tmp_path, call):
     """The same music within one step of 16 bits, the same loss; an option that only speed.py serves names
     it."""
     here = tmp_path / "plain"
@@ -517,27 +523,27 @@ def test_without_speed_the_rest_is_complete(tiny_file, music, tmp_path):
         if file.name not in ("speed.py", "test_all.py"):
             shutil.copy(file, here)
 
-    def begin(folder, name, *args):
-        return subprocess.Popen([sys.executable, folder / name, *map(str, args)], cwd=tmp_path, text=True,
+    def begin(name, *args):                                 # beside each other: they take seconds to begin
+        return subprocess.Popen([sys.executable, here / name, *map(str, args)], cwd=tmp_path, text=True,
                                 stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    def both(name, *args, ending):                          # beside each other: they take seconds to begin
-        outs = [tmp_path / f"{folder.name}.{ending}" for folder in (HERE, here)]
-        for process in [begin(out_of, name, *args, "--precision", "float32", "--device", "cpu", "--out", out)
-                        for out_of, out in zip((HERE, here), outs)]:
-            err = process.communicate()[1]
-            assert process.returncode == 0, err
-        return outs
-    outs = both("sample.py", "--ckpt", tiny_file, "--seconds", 0.02, ending="wav")
-    played = [soundfile.read(out, dtype="int16")[0].astype(int) for out in outs]
-    outs = both("finetune.py", "--init", tiny_file, "--data", music, "--steps", 1, "--batch", 2, "--blocks",
-                2, "--validation-crops", 2, ending="pt")
-    losses = [float(rows_of(out.with_suffix(".csv"))[-1]["loss"]) for out in outs]
-    assert played[0].any() and np.abs(played[0] - played[1]).max() <= 1
-    assert abs(losses[0] - losses[1]) < 1e-4 * losses[0]
-    process = begin(here, "sample.py", "--ckpt", tiny_file, "--precision", "int8", "--out", "a.wav")
-    err = process.communicate()[1]
-    assert process.returncode == 2 and "needs speed.py" in err and "Traceback" not in err
+    exact = ["--precision", "float32", "--device", "cpu", "--threads", 1]
+    play = ["--ckpt", tiny_file, "--seconds", 0.02, *exact]
+    train = ["--init", tiny_file, "--data", music, "--steps", 1, "--batch", 2, "--blocks", 2,
+             "--validation-crops", 2, *exact]
+    begun = [begin("sample.py", *play, "--out", "without.wav"),
+             begin("finetune.py", *train, "--out", "without.pt"),
+             begin("sample.py", "--ckpt", tiny_file, "--precision", "int8", "--out", "refused.wav")]
+    for main, options, out in (sample.main, play, "with.wav"), (finetune.main, train, "with.pt"):
+        status, err = call(main, *options, "--out", out)
+        assert status == 0, err
+    *errors, refused = (process.communicate()[1] for process in begun)
+    assert [process.returncode for process in begun] == [0, 0, 2], errors
+    assert "needs speed.py" in refused and "Traceback" not in refused
+    played, plain = (soundfile.read(tmp_path / f"{name}.wav", dtype="int16")[0].astype(int)
+                     for name in ("with", "without"))
+    assert played.any() and np.abs(played - plain).max() <= 1
+    loss, plain = (float(rows_of(tmp_path / f"{name}.csv")[-1]["loss"]) for name in ("with", "without"))
+    assert abs(loss - plain) < 1e-4 * loss
 
 
 def test_the_road_to_attention_is_short(tiny_file, tmp_path, call, monkeypatch):
@@ -2798,6 +2804,25 @@ def test_beats_and_chords_over_time():
         controlled(model, lines=["/chords Am"])
 
 
+def test_a_prompt_that_names_its_tempo_sets_the_beat():
+    """... of a model that is told the beat frame by frame, until /bpm says otherwise; the heavier prompt's
+    counts, and one that names none changes nothing."""
+    assert [live.tempo_named(text) for text in ("house, 129 bpm", "at 92.5BPM", "8-bit, 4/4", "9000 bpm")] == [
+        129, 92.5, None, None]
+    model = sketching(beats_per_frame=True)
+    control = controlled(model, "house, 120 bpm", ["@0 /chords Am"])
+    assert control.beat(1) == pytest.approx(controls.steady_beat(model.config, 120)(1)[:2])
+    tempi = []
+    for number, line in enumerate(("slow piano", "fast, 90 bpm:0.6 + house, 120 bpm:0.4", "/bpm 100", "/bpm off",
+                                   "house, 120 bpm ~ 8")):
+        control.say(line)
+        control.change(number)
+        beat = control.beat(number)
+        tempi.append(beat and beat[0])
+    assert tempi == [120, 90, 100, None, 120]
+    assert controlled(sketching(), "house, 120 bpm").beat(0) is None    # such a model plays by its words alone
+
+
 def test_chords_sound_as_written():
     assert controls.chord_notes("Am") == [9, 0, 4] and controls.chord_notes("F#m7") == [6, 9, 1, 4]
     assert controls.chord_notes("B♭") == [10, 2, 5] and controls.chord_notes("Cb") == [11, 3, 6]
@@ -3815,12 +3840,12 @@ def test_accumulation_checkpointing_and_processes_change_nothing(tiny_file, musi
     """One step: plain; in two accumulations; with activation checkpointing; on two processes. A gradient too
     small to be clipped shows in Adam's first moment by its size."""
     args = ["--init", tiny_file, "--data", music, *TRAIN, "--steps", 1, "--clip", 1e9]
-    for name, more in (("a", []), ("b", ["--accumulate", 2]), ("c", ["--remat"])):
+    assert call(finetune.main, *args, "--out", "a.pt")[0] == 0     # encodes the music, for the others too
+    pair = on_two_processes(29631, "finetune.py", *args, "--out", "d.pt", cwd=tmp_path)
+    for name, more in (("b", ["--accumulate", 2]), ("c", ["--remat"])):
         assert call(finetune.main, *args, "--out", f"{name}.pt", *more)[0] == 0
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29631",
-           HERE / "finetune.py", *args, "--out", "d.pt"]
-    done = subprocess.run(list(map(str, run)), cwd=tmp_path, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    err = pair.communicate()[1]
+    assert pair.returncode == 0, err
     a, *others = (rows_of(tmp_path / f"{name}.csv")[-1] for name in "abcd")
     start = rows_of(tmp_path / "a.csv")[0]
     assert a["validation"] != start["validation"]
@@ -4349,13 +4374,12 @@ def test_arc_accumulation_and_processes_change_nothing(finetuned, tiny_file, cal
                                                       weights_only=True)["args"]["data"], *ARC, "--d-warmup",
             0, "--g-warmup", 2, "--on-policy", 2, "--steps", 2, "--lr", "1e-6", "--d-lr", "1e-6",
             "--warmup-lr", "1e-6"]
+    pair = on_two_processes(29632, "arc_forcing.py", *args, "--out", "r.pt", cwd=finetuned)
     for name, more in (("p", []), ("q", ["--accumulate", 2])):
-        assert (done := call(arc_forcing.main, *args, "--out", f"{name}.pt", *more,
-                             cwd=finetuned))[0] == 0, done
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29632",
-           HERE / "arc_forcing.py", *args, "--out", "r.pt"]
-    done = subprocess.run(list(map(str, run)), cwd=finetuned, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+        status, err = call(arc_forcing.main, *args, "--out", f"{name}.pt", *more, cwd=finetuned)
+        assert status == 0, err
+    err = pair.communicate()[1]
+    assert pair.returncode == 0, err
     plain, *others = (torch.load(finetuned / f"{name}.pt", weights_only=True) for name in "pqr")
     rows = [rows_of(finetuned / f"{name}.csv") for name in "pqr"]
     assert [row["phase"] for row in rows[0]] == ["warm G", "warm G", "D", "G"]
@@ -4750,27 +4774,26 @@ def test_autoencoder_training(tmp_path, music, call):
     """It resumes where it stopped, as if it never had; the encoder stays as it was; the critic is part of it
     where asked for."""
     common.save(tiny(), tmp_path / "start.pt")
-    train = lambda out, steps, *more: call(nano.main, "autoencoder", "--data", music, "--init", "start.pt",
-                                           "--out", out, "--steps", steps, "--batch", 2, "--crop", 8192,
-                                           "--every", 1, "--device", "cpu", *more)[0]
-    assert [train(out, 2, "--adversary", weight) for out, weight in (("a.pt", 0), ("b.pt", 1))] == [0, 0]
-    start, plain, judged = (sample.load(tmp_path / name).autoencoder for name in ("start.pt", "a.pt", "b.pt"))
-    assert all(torch.equal(p.half(), q.half()) for p,
-               q in zip(start.encoder.parameters(), plain.encoder.parameters()))
-    moved = lambda a, b: max((p - q).abs().max().item() for p,
-                             q in zip(a.decoder.parameters(), b.decoder.parameters()))
+    train = lambda out, steps, weight: call(nano.main, "autoencoder", "--data", music, "--init", "start.pt",
+                                            "--out", out, "--steps", steps, "--batch", 2, "--crop", 8192,
+                                            "--every", 1, "--device", "cpu", "--lr", 1e-3, "--adversary",
+                                            weight)[0]
+    assert train("plain.pt", 2, 0) == 0
+    assert train("judged.pt", 2, 1) == 0
+    assert [train("resumed.pt", stop, 1) for stop in (1, 2)] == [0, 0]  # one cosine: the first step's rate is
+    start, plain, judged = (sample.load(tmp_path / f"{name}.pt").autoencoder        # the same
+                            for name in ("start", "plain", "judged"))
+    assert all(torch.equal(p.half(), q.half()) for p, q in zip(start.encoder.parameters(),
+                                                               plain.encoder.parameters()))
+    moved = lambda a, b: max((p - q).abs().max().item() for p, q in zip(a.decoder.parameters(),
+                                                                        b.decoder.parameters()))
     assert moved(start, plain) > 1e-6 and moved(plain, judged) > 1e-6
-    states = []
-    for stops in ((1, 2), (2,)):  # the learning rate's cosine is over all steps: the first step's is the same
-        for f in tmp_path.glob("c.pt*"):
-            f.unlink()
-        for stop in stops:
-            assert train("c.pt", stop, "--adversary", 1, "--lr", 1e-3) == 0
-        states.append(torch.load(tmp_path / "c.pt.train", weights_only=True))
-    assert states[0]["step"] == 2
-    assert states[0]["critic"]["optimizer"]["state"][0]["step"] == 2
+    unbroken, resumed = (torch.load(tmp_path / f"{name}.pt.train", weights_only=True)
+                         for name in ("judged", "resumed"))
+    assert resumed["step"] == 2
+    assert resumed["critic"]["optimizer"]["state"][0]["step"] == 2
     for part in ("codec", "critic"):
-        weights, again = states[0][part]["weights"], states[1][part]["weights"]
+        weights, again = resumed[part]["weights"], unbroken[part]["weights"]
         assert all(torch.equal(weights[k], again[k]) for k in weights)
 
 
@@ -5681,7 +5704,7 @@ def test_readme_commands(tmp_path, music, call, monkeypatch):
             "arc_forcing": " --d-warmup 1 --sample-every 0 --batch 2 --steps 2 --most 2",
             "sample": " --seconds 0.2 --out played.wav",
             "page": " --seconds 0.2 --port 0",
-            "measure": " --seeds 2 --seconds 2 --steps 1 --excerpts 2",
+            "measure": " --seeds 2 --seconds 1 --steps 1 --excerpts 2",
             "bench": " --repeats 1 --threads 2 --steps 1 --regime causal --precision float32"}
     commands, ran = readme_commands(), set()
     assert len(commands) > 10
@@ -5695,7 +5718,7 @@ def test_readme_commands(tmp_path, music, call, monkeypatch):
         for pattern, small_ in smaller:
             command = re.sub(pattern, small_, command)
         words = shlex.split(command + more.get(name, "") * ("--help" not in command)
-                            + " --window 1" * ("--drift" in command))
+                            + " --seconds 2 --window 1" * ("--drift" in command))
         options = words[words.index(f"{name}.py") + 1:]
         if words[0] == "torchrun":                          # one process of it: other tests start two
             options += ["--init", "nano.pt"]
