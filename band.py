@@ -51,11 +51,11 @@ VELOCITY = {"x": 108, "o": 82, "g": 52}
 # ---------------------------------------------------------------------------------------- instruments, words
 INSTRUMENTS = {                                             # General MIDI programs, from 0
     "piano": 0, "electric piano": 4, "harpsichord": 6, "music box": 10, "vibraphone": 11, "marimba": 12,
-    "organ": 16, "accordion": 21, "nylon guitar": 24, "acoustic guitar": 25, "jazz guitar": 26, "clean guitar": 27,
-    "distorted guitar": 30, "upright bass": 32, "electric bass": 33, "fretless bass": 35, "synth bass": 38,
-    "violin": 40, "cello": 42, "strings": 48, "choir": 52, "trumpet": 56, "brass": 61, "alto sax": 65,
-    "tenor sax": 66, "oboe": 68, "clarinet": 71, "flute": 73, "pan flute": 75, "square lead": 80, "saw lead": 81,
-    "pad": 89, "kalimba": 108, "steel drums": 114}
+    "organ": 16, "accordion": 21, "nylon guitar": 24, "acoustic guitar": 25, "jazz guitar": 26,
+    "clean guitar": 27, "distorted guitar": 30, "upright bass": 32, "electric bass": 33,
+    "fretless bass": 35, "synth bass": 38, "violin": 40, "cello": 42, "strings": 48, "choir": 52,
+    "trumpet": 56, "brass": 61, "alto sax": 65, "tenor sax": 66, "oboe": 68, "clarinet": 71, "flute": 73,
+    "pan flute": 75, "square lead": 80, "saw lead": 81, "pad": 89, "kalimba": 108, "steel drums": 114}
 LIFT = {"flute": 12, "pan flute": 12, "music box": 12, "tenor sax": -12}    # of a melody, semitones
 DRUMS = {"kick": 36, "rim": 37, "snare": 38, "clap": 39, "hat": 42, "pedal hat": 44, "low tom": 45,
          "open hat": 46, "mid tom": 47, "crash": 49, "high tom": 50, "ride": 51, "shaker": 70}
@@ -66,11 +66,13 @@ SYNONYMS = {
     "ambient": ("calm",), "drums": ("drum kit",), "upright bass": ("double bass", "bass"),
     "electric bass": ("bass guitar", "bass"), "fretless bass": ("bass",), "synth bass": ("bass",),
     "piano": ("grand piano",), "electric piano": ("rhodes",), "vibraphone": ("vibes",),
-    "nylon guitar": ("classical guitar", "guitar"), "acoustic guitar": ("guitar",), "jazz guitar": ("guitar",),
-    "clean guitar": ("electric guitar", "guitar"), "distorted guitar": ("distortion guitar", "electric guitar"),
+    "nylon guitar": ("classical guitar", "guitar"), "acoustic guitar": ("guitar",),
+    "jazz guitar": ("guitar",), "clean guitar": ("electric guitar", "guitar"),
+    "distorted guitar": ("distortion guitar", "electric guitar"),
     "strings": ("string ensemble",), "choir": ("voices",), "brass": ("horns",), "violin": ("fiddle",),
-    "alto sax": ("saxophone", "sax"), "tenor sax": ("saxophone", "sax"), "square lead": ("synth", "synth lead"),
-    "saw lead": ("synth", "synth lead"), "pad": ("synth pad", "warm pad"), "steel drums": ("steelpan",)}
+    "alto sax": ("saxophone", "sax"), "tenor sax": ("saxophone", "sax"),
+    "square lead": ("synth", "synth lead"), "saw lead": ("synth", "synth lead"),
+    "pad": ("synth pad", "warm pad"), "steel drums": ("steelpan",)}
 
 # ---------------------------------------------------------------------------------------- genres
 STRAIGHT = (0, 1 / 4, 1 / 2, 3 / 4)                         # where the four steps of a beat lie
@@ -82,7 +84,8 @@ LYRIC = "x---x-x-x-------x---x---x------- x-----x-x---x---x-----------.... ..x-x
 EIGHTHS = "x-x-x---x-x-x-x-..x-x-x-x------- ..x-x-x-..x-x-x-x---x-x-x------- x---x-x---x-x-x-..x-..x-x-----.."
 RIFF = "x.x..x.x..x.x...x.x..x.x..x-.... x..x..x.x..x..x.x..x..x-........ x.x.x..x..x.x.x.x.x.x..x..x-...."
 POP = {"major": ("I V vi IV", "I vi IV V", "I IV I V", "I iii IV V", "I V IV V", "I IV vi V", "I ii V I"),
-       "minor": ("i VI III VII", "i iv VI V", "i VI VII i", "i VII VI V", "i III iv V", "i iv V i", "i v VI V")}
+       "minor": ("i VI III VII", "i iv VI V", "i VI VII i", "i VII VI V", "i III iv V", "i iv V i",
+                 "i v VI V")}
 JAZZ = {"major": ("ii V I I", "I vi ii V", "I IV ii V", "I ii V I", "ii V I vi", "I vi IV V"),
         "minor": ("iio V i i", "i iv V i", "i VI iio V", "i iv iio V", "iv V i i")}
 MODAL = {"major": ("I IV I V", "I ii IV I", "I IV V I", "I vi IV I", "I V IV I"),
@@ -113,7 +116,8 @@ GENRES = {
          "open hat": "................ ..............................o."},
         "............ss.s ..........s.s.ss",
         {"upright bass, electric bass": "r--.r.5-..r.n-.. r-----r---5-..n- r--r--..5-..8-n-"},
-        {"electric piano, piano, vibraphone, jazz guitar": "x---..x-..x-.... x-----..x---..x- ..x---..x-------"},
+        {"electric piano, piano, vibraphone, jazz guitar":
+         "x---..x-..x-.... x-----..x---..x- ..x---..x-------"},
         {"flute, tenor sax, trumpet, vibraphone, electric piano": EIGHTHS}),
     "house": Genre(
         (20,), STRAIGHT, ("minor",), POP, True, (25, 24),
@@ -127,7 +131,8 @@ GENRES = {
     "techno": Genre(
         (20,), STRAIGHT, ("minor",), MODAL, False, (24, 25),
         {"kick": "x...x...x...x...", "hat": "..x...x...x...x. o.xoo.xoo.xoo.xo",
-         "clap": "....o.......o... ................", "rim": "...o..o....o..o. .......o.o...... ................",
+         "clap": "....o.......o... ................",
+         "rim": "...o..o....o..o. .......o.o...... ................",
          "ride": "................ o.o.o.o.o.o.o.o."},
         "........s.s.ssss ............ssss",
         {"synth bass": "r.r.r.r.r.r.r.r. .rrr.rrr.rrr.rr8 r..r..r.r..r..8."},
@@ -150,7 +155,8 @@ GENRES = {
     "jazz trio": Genre(
         (24, 20, 16), TRIPLET, BOTH, JAZZ, True, (32, 40),
         {"ride": "x...o.o.x...o.o. x...o...x...o.o.", "pedal hat": "....o.......o...",
-         "kick": "g............... g.......g.......", "snare": "......g......... ..........g...g. ..g.......g....."},
+         "kick": "g............... g.......g.......",
+         "snare": "......g......... ..........g...g. ..g.......g....."},
         "........s.s...ss ..........s.ss.s",
         {"upright bass": "r---3---5---n--- r---5---8---n--- r---8---5---n---"},
         {"piano, jazz guitar, vibraphone":
@@ -458,7 +464,8 @@ class Synth:
         library.fluid_settings_setnum(settings, b"synth.sample-rate", ctypes.c_double(RATE))
         library.fluid_settings_setint(settings, b"synth.reverb.active", 0)
         library.fluid_settings_setint(settings, b"synth.chorus.active", 0)
-        library.fluid_settings_setint(settings, b"synth.dynamic-sample-loading", 1)     # only the programs it plays
+        # only the programs it plays
+        library.fluid_settings_setint(settings, b"synth.dynamic-sample-loading", 1)
         self.synth = ctypes.c_void_p(library.new_fluid_synth(settings))
         self.font = library.fluid_synth_sfload(self.synth, os.fsencode(soundfont), 1)
         if self.font < 0:
@@ -522,7 +529,7 @@ def convolve(audio, response):
 
 def render(piece, soundfont):
     """-> int16 (samples, 2)"""
-    synth = Synth(soundfont)                                # a new one: attacks vary with what a synthesizer has played
+    synth = Synth(soundfont)    # a new one: attacks vary with what a synthesizer has played
     mix = np.zeros((piece.frames * HOP, 2), np.float32)
     for part in piece.parts:
         stem = synth.play(part, piece.frames)

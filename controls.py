@@ -24,6 +24,7 @@ SEMITONES = 60
 LOWEST = 36                                                 # MIDI number of the lowest
 BANDS = 12
 BEATS_A_BAR = 4
+SKETCH_NOISE = 0.3                                          # of the noise that a block has, what is given of it
 PITCH, LEVEL = slice(0, SEMITONES), slice(SEMITONES, SEMITONES + 2 * BANDS)     # rows of features
 
 
@@ -73,8 +74,12 @@ class Given(NamedTuple):
     until: torch.Tensor
 
     def hold(self, x, t, noise, objective):
-        """x at level t with the given channels in place, under this noise."""
-        return torch.where(self.mask & (t >= self.until), add_noise(self.values, noise, t, objective), x)
+        """x at level t with the given channels in place, under less of this noise.
+
+        Of few steps the first decide which notes are played; under all of the noise, what is given could not
+        be read yet in these."""
+        given = add_noise(self.values, noise, SKETCH_NOISE * t, objective)
+        return torch.where(self.mask & (t >= self.until), given, x)
 
 
 @lru_cache

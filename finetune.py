@@ -29,7 +29,7 @@ from training import (Average, average_gradients, check_text_encoder, clip_gradi
                       progress_bar, render_sample, restore, say, say_changes, say_done, set_up, track_records,
                       training_loop, words_met)
 
-
+STREAM_OPTIONS = "causal", "block", "context_blocks", "beats_per_frame"     # of `Config`; a run keeps them
 WITHOUT_BEAT = 0.2                                          # share of crops that are told no beat
 
 
@@ -238,9 +238,8 @@ def check_options(args):
 
 def start_model(args):
     """The model that --init and the stream's options name. Raises UserError."""
-    names = "causal", "block", "context_blocks", "beats_per_frame"
-    overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    model = load(args.init, **overrides)
+    given = {name: getattr(args, name) for name in STREAM_OPTIONS if getattr(args, name) is not None}
+    model = load(args.init, **given)
     if args.beats_per_frame and not model.config.beats:
         raise UserError(f"--beats-per-frame: {args.init} cannot be told a beat")
     if args.beats_per_frame and not read_checkpoint(args.init)["config"].get("beats_per_frame"):
@@ -255,7 +254,7 @@ def start_model(args):
 def check_unchanged(args, saved, config):
     """UserError for options that --resume cannot change, given with another value than the run began with."""
     began_with = {**saved["args"], **config.to_dict()}
-    for name in "init", "causal", "block", "context_blocks", "beats_per_frame", "muon":
+    for name in "init", *STREAM_OPTIONS, "muon":
         now = getattr(args, name)
         then = began_with.get(name, now)
         same = now == then

@@ -487,8 +487,8 @@ def obey(model, dataset, args):
 
 
 def follow(model, dataset, args):
-    """Print how well streams follow the pitch of held-out pieces that is given them, under the prompt of
-    another genre, and whether they are of that genre."""
+    """Print how well streams follow the pitch of held-out pieces that is given them, and whether they are of
+    their prompt's genre: another, with instruments of a piece of it. Key and tempo are the sketch's to say."""
     c = model.config
     seconds = args.seconds or 15
     pieces = labelled_pieces(dataset, args, c, seconds)
@@ -497,8 +497,9 @@ def follow(model, dataset, args):
     if len(set(genres)) < 2:
         raise UserError(f"{args.data}: --sketch needs held-out pieces of two genres")
     prompted = [next(j % count for j in range(i + 1, i + count) if genres[j % count] != genres[i])
-                for i in range(count)]                      # whose prompt stream i gets
-    prompts = [known_words(model, pieces.tracks[j].prompt) for j in prompted]
+                for i in range(count)]                      # whose genre and instruments stream i gets
+    prompts = [known_words(model, f"{genres[j]}, {pieces.asked[j]['instruments'].replace(';', ', ')}")
+               for j in prompted]
     given = [latents_of(track, start, seconds, c)
              for track, (_, start) in zip(pieces.tracks, pieces.excerpts)]
     frames = min(z.shape[1] for z in given)

@@ -115,7 +115,7 @@ def check(model, args):
     if base and args.seconds > longest_clip(model.config):
         raise UserError(f"this checkpoint makes one clip of at most {longest_clip(model.config):.1f} s; to "
                         "stream, finetune it first (finetune.py --init)")
-    if args.bpm and not model.config.beats:
+    if args.bpm and not model.config.beats and not model.config.pitch_channels:     # chords take it too
         raise UserError("--bpm: this checkpoint cannot be told a beat; put the tempo in its prompt")
     if args.compile:
         needs_speed("--compile")
