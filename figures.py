@@ -190,14 +190,10 @@ def tempo_of(audio, rate):
     return 6000 / (lag + max(-0.5, min(0.5, shift)))
 
 
-def tempo_obeyed(found, asked, octaves=True, triplets=False):
+def tempo_obeyed(found, asked, octaves=True):
     """Whether a tempo is the one asked for within 4 %. octaves: or 2 or 4 times as fast or slow, as people
-    hear tempo too; triplets: or 3 times, or 2 beats for 3, or 3 for 4."""
-    ratios = [1]
-    if octaves:
-        ratios += [2, 4, 1 / 2, 1 / 4]
-    if triplets:
-        ratios += [3, 3 / 2, 4 / 3, 1 / 3, 2 / 3, 3 / 4]
+    hear tempo too."""
+    ratios = (1, 2, 4, 1 / 2, 1 / 4) if octaves else (1,)
     return any(abs(found / (asked * ratio) - 1) <= 0.04 for ratio in ratios)
 
 

@@ -353,7 +353,8 @@ def prompt_from_tags(file, name, notes):
 
 
 def find_prompt(file, folder, metadata, notes):
-    """The prompt of one track and where it is from: "metadata", "captions", "tags" or "names"."""
+    """The prompt of one track and where it is from: "metadata" (of `read_metadata`), else "captions" beside it,
+    else title and genre "tags", else "names" of file and folder."""
     file = Path(file)
     name = file.relative_to(folder).as_posix()
     text = metadata.get(name) or metadata.get(composed(name))
@@ -368,9 +369,3 @@ def find_prompt(file, folder, metadata, notes):
     if text:
         return text, "tags"
     return f"{clean(file.stem)}, {clean(Path(os.path.abspath(file)).parent.name)}", "names"
-
-
-def prompt_of(file, folder, metadata):
-    """The prompt of one track: from `read_metadata`, else caption file, else title and genre tags, else its
-    name."""
-    return find_prompt(file, folder, metadata, [])[0]
