@@ -89,7 +89,7 @@ from stable_audio_port import load_stable_audio
 
 # ------------------------------------------------------------------------ models and helpers for all sections
 HERE = Path(__file__).parent
-torch.set_num_threads(2)
+torch.set_num_threads(1)                                    # two only wait for each other in so small layers
 torch.set_flush_denormal(True)
 TINY = Config(ae_width=4, ae_strides=(2, 4, 4), ae_multipliers=(1, 2, 4), latent_channels=8, text="words",
               text_tokens=6, text_width=64, cond_width=16, width=64, depth=3, heads=2, block=6,
@@ -150,13 +150,14 @@ def call(monkeypatch, capsys, tmp_path):
     def call_main(main, *args, cwd=tmp_path):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [main.__module__ + ".py", *map(str, args)])
+        torch.set_num_threads(2)                            # to make blocks while others are decoded
         try:
             common.run(main)
             status = 0
         except SystemExit as stop:
             status = stop.code or 0
         finally:
-            torch.set_num_threads(2)
+            torch.set_num_threads(1)
         return status, capsys.readouterr().err
     return call_main
 
