@@ -32,6 +32,7 @@ PRECISIONS = "auto", "float32", "bf16", "int8"
 # Ctrl-C; what `kill` and batch systems send; a terminal that is closed, which Windows does not tell
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 LARGEST = 10 ** 9                                           # of the numbers on the command line
+SLOWEST, FASTEST = 20, 400                                  # beats a minute
 
 
 # -------------------------------------------------------------------------------- files that are written
@@ -412,8 +413,8 @@ def whole_or_zero(text):
 
 def tempo(text):
     value = finite(text)
-    if not 20 <= value <= 400:
-        raise argparse.ArgumentTypeError(f"{text} beats a minute: music has 20 to 400")
+    if not SLOWEST <= value <= FASTEST:
+        raise argparse.ArgumentTypeError(f"{text} beats a minute: music has {SLOWEST} to {FASTEST}")
     return value
 
 

@@ -24,7 +24,7 @@ SEMITONES = 60
 LOWEST = 36                                                 # MIDI number of the lowest
 BANDS = 12
 BEATS_A_BAR = 4
-SKETCH_NOISE = 0.3                                          # of the noise that a block has, what is given of it
+SKETCH_NOISE = 0.3                                          # of its noise, what is given of a block
 PITCH, LEVEL = slice(0, SEMITONES), slice(SEMITONES, SEMITONES + 2 * BANDS)     # rows of features
 
 
@@ -53,6 +53,11 @@ def beat_of(beat, config, batch, device):
     bpm, bar, beats_per_bar = (*told, BEATS_A_BAR)[:3]
     minutes = torch.arange(config.block, dtype=torch.float64, device=device) / config.frame_rate / 60
     return beat_features(bpm.expand(-1, config.block), bar + minutes * bpm / beats_per_bar)
+
+
+def takes_tempo(config):
+    """Whether a tempo means anything to such a model: as a beat, or to time written chords."""
+    return config.beats or config.pitch_channels > 0
 
 
 def steady_beat(config, bpm, beats_per_bar=BEATS_A_BAR):

@@ -29,13 +29,12 @@ from collections import deque
 from functools import partial
 from typing import NamedTuple
 
-from common import UserError, say
-from controls import BEATS_A_BAR, GIVES, chord_channels, chord_notes, given_of
+from common import FASTEST, SLOWEST, UserError, say
+from controls import BEATS_A_BAR, GIVES, chord_channels, chord_notes, given_of, takes_tempo
 from model import Cond, words_of
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 TEMPO = re.compile(r"(?<![\d.])(\d+\.?\d*) ?bpm\b", re.IGNORECASE)
-SLOWEST, FASTEST = 20, 400                                  # beats a minute
 TIME = re.compile(r"(?:(?:(\d+):)?(\d+):)?(\d+\.?\d*|\.\d+)$")
 LARGEST = 10 ** 6                                           # of all numbers in a line
 CHORDS_UNTIL = 0.3                                          # written chords have no timbre: the model adds it
@@ -508,7 +507,7 @@ class Control:
             return conds, "; ".join(note for note in notes if note)
         if command.value is None:
             return None, ""
-        if command.name == "bpm" and not c.beats and not c.pitch_channels:
+        if command.name == "bpm" and not takes_tempo(c):
             raise UserError("this checkpoint cannot be told a beat; put the tempo in its prompt")
         if command.name in ("sketch", "chords"):
             return self.prepare_sketch(command), ""

@@ -9,7 +9,7 @@ import torch
 from common import (PRECISIONS, UserError, finite, fraction, needs_speed, not_negative, positive,
                     positive_finite, random_seed, step_count, tempo, thread_count, whole,
                     whole_or_zero)
-from controls import GIVES
+from controls import GIVES, takes_tempo
 
 SAMPLERS = "euler", "dpmpp", "pingpong"
 
@@ -115,7 +115,7 @@ def check(model, args):
     if base and args.seconds > longest_clip(model.config):
         raise UserError(f"this checkpoint makes one clip of at most {longest_clip(model.config):.1f} s; to "
                         "stream, finetune it first (finetune.py --init)")
-    if args.bpm and not model.config.beats and not model.config.pitch_channels:     # chords take it too
+    if args.bpm and not takes_tempo(model.config):
         raise UserError("--bpm: this checkpoint cannot be told a beat; put the tempo in its prompt")
     if args.compile:
         needs_speed("--compile")
