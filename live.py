@@ -330,10 +330,12 @@ class Turn(NamedTuple):
     """What changes with the block that is about to be made.
 
     cond: a new one, or None; turned: has the heaviest prompt changed, so that the past is to be read again
-    under the new one?; settings: of steps, cfg and forget those that have changed."""
+    under the new one?; settings: of steps, cfg and forget those that have changed; gradual: in the middle of
+    a morph."""
     cond: Cond = None
     turned: bool = False
     settings: dict = {}
+    gradual: bool = False
 
 
 class Said(NamedTuple):
@@ -441,14 +443,16 @@ class Control:
                 _, line, needs = self.planned.pop(0)
                 self.apply(line.command, number, needs)
             new = {name: value for name, value in self.settings.items() if before.get(name) != value}
-            mix = self.mix_at((number + 0.5) * self.block_seconds)
+            middle = (number + 0.5) * self.block_seconds
+            begins, takes = self.morph
+            mix = self.mix_at(middle)
             turned = heaviest(mix, self.heaviest) != self.heaviest
             self.heaviest = heaviest(mix, self.heaviest)
             if mix == self.told and not new:
                 return None
             cond = None if mix == self.told else self.mixed(mix)
             self.told = mix
-            return Turn(cond, turned and number > 0, new)
+            return Turn(cond, turned and number > 0, new, gradual=middle < begins + takes)
 
     def bars(self, number):
         """Bars before block `number`, or None where no tempo is set."""

@@ -19,7 +19,7 @@ def add_stage_options(p):
     p.add_argument("--osc", type=whole, metavar="PORT", help="take the same lines as OSC messages over UDP")
     p.add_argument("--osc-beats", metavar="HOST:PORT", help="send /beat there as OSC when a beat is heard")
     p.add_argument("--forget", type=whole_or_zero, help="blocks of the past to drop when the prompt changes "
-                   "(default: all of the context but one)")
+                   "(default: all of the context; in a morph, or with --listen, all but one)")
     p.add_argument("--no-transitions", action="store_true", help="when the prompt changes, neither read the "
                    "past again nor drop any, and sample as ever")
     p.add_argument("--chords", help="such as 'Am F C G', a bar each, with --bpm (for models with channels of "

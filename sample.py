@@ -243,12 +243,13 @@ def stream(model, cond, *, blocks=None, steps=None, sampler=None, cfg=None, seed
     After a bare Cond, finished blocks stay as they are; block-causal, so do their cached keys and values,
     made under the old condition (the newest block's only come with the next); encoder-decoder, the context is
     read again under the new one. After a Turn that is `turned`, the context is read again, its oldest
-    `forget` blocks (None: all but one) as silence, and GUIDED_BLOCKS blocks are made by guided ping-pong.
+    `forget` blocks (None: all, but in a morph or while listening all but one) as silence, and GUIDED_BLOCKS
+    blocks are made by guided ping-pong.
 
     keep: a function, called after each block with what to hand in as `state`, to go on from there; steps,
     sampler, cfg, forget and the noise are then the state's."""
     settings = sampling_settings(model, steps, sampler, cfg)
-    settings["forget"] = model.config.context_blocks - 1 if forget is None else forget
+    settings["forget"] = model.config.context_blocks - 1 if forget is None and listen is not None else forget
     plan = BlockPlan(model, cond, settings, seed, state)
     context = Context(model, plan.encoded_prompt(), still_heard(model.config, cond, prime), use_cache)
     plan.begin(context, state)
@@ -332,6 +333,8 @@ class BlockPlan:
             self.settings.update(turn.settings)
             if turn.turned:
                 forget = self.settings["forget"]
+                if forget is None:
+                    forget = self.model.config.context_blocks - turn.gradual
                 self.guided_until = self.number + GUIDED_BLOCKS
         if turn is not None or self.number == self.guided_until:
             self.context.take_prompt(self.encoded_prompt(), forget)

@@ -2758,7 +2758,9 @@ def test_mixes_and_morphs_by_hand():
     close(turns[4].cond.tokens, c.tokens)
     assert [turn.turned for turn in turns[2:5]] == [False, False, True]
     control = controlled(model, "slow", [f"fast ~ {4 * seconds}"])
-    assert [turn.turned for turn in map(control.change, range(4))] == [False, False, True, False]
+    turns = [control.change(number) for number in range(4)]
+    assert [turn.turned for turn in turns] == [False, False, True, False]
+    assert all(turn.gradual for turn in turns)
     assert control.change(4).cond is control.conds["fast"]
 
 
@@ -2888,17 +2890,25 @@ def test_transitions_cached_equal_uncached(causal, cfg):
     assert (made[0] - played(model, controlled(model), 18, cfg=cfg))[..., 30:].abs().max() > 1e-2
 
 
-def test_a_transition_by_hand():
-    """The block after a change, from the public pass alone: two blocks of silence and the last one as its
-    context, all under the new prompt, by guided ping-pong written out."""
+@pytest.mark.parametrize("turn, listen, kept", [
+    (dict(), None, 0), (dict(settings={"forget": 2}), None, 1), (dict(gradual=True), None, 1),
+    (dict(settings={"forget": 0}), None, 3), (dict(), "itself", 1)])
+def test_a_transition_by_hand(turn, listen, kept):
+    """The block after a change, from the public pass alone: blocks of silence and those that are kept as
+    its context, all under the new prompt, by guided ping-pong written out."""
     model = tiny()
-    control = controlled(model, lines=["@0.02 fast"])       # block 5
-    made = played(model, control, 6, steps=3)
+    cond = condition(model, "fast")
+    turn = live.Turn(cond, turned=True, **turn)
+    made = []
+    heard = listen and (lambda number: made[number])
+    for block in sample.stream(model, condition(model, "slow"), blocks=6, steps=3, listen=heard,
+                               change=lambda number: turn if number == 5 else None):
+        made.append(block)
+    made = torch.cat(made, dim=-1)
     noise = noises(0, (1, 8, 6))
     for _ in range(5):                                      # Euler draws once a block
         noise()
-    context = torch.cat([torch.zeros(1, 8, 12), made[..., 24:30]], dim=-1)
-    cond = condition(model, "fast")
+    context = torch.cat([torch.zeros(1, 8, 18 - 6 * kept), made[..., 30 - 6 * kept:30]], dim=-1)
     x = noise()
     levels = schedule(3)
     for t, t_next in zip(levels, levels[1:]):
