@@ -166,9 +166,7 @@ def parse_part(text, hidden, at):
 
 def parse_setting(text, at=0):
     """/NAME VALUE ... from index `at` on -> Setting. Raises UserError."""
-    without_quoted(text)
-    words = [(word[0].replace('"', ""), word.start())
-             for word in re.compile(r'(?:"[^"]*"|[^\s"])+').finditer(text, at)]
+    words = words_at(text, at)
     name = words[0][0][1:].lower()
     values = words[1:]
     end = len(text.rstrip())
@@ -194,10 +192,18 @@ def parse_setting(text, at=0):
         most = len(values)
         setting = Setting(name, chord_values(values, end))
     else:
-        raise wrong(at, "/bpm, /cfg, /steps, /forget, /sketch, /chords or /stop was expected")
+        raise wrong(at, "/bpm, /cfg, /steps, /forget, /sketch, /chords or /stop was expected, "
+                        f"not {words[0][0]!r}")
     if len(values) > most:
         raise wrong(values[most][1], f"nothing more was expected after /{name}")
     return setting
+
+
+def words_at(text, at=0):
+    """[(word, its index)] from index `at` on, quotes taken off. Raises UserError."""
+    without_quoted(text)
+    return [(word[0].replace('"', ""), word.start())
+            for word in re.compile(r'(?:"[^"]*"|[^\s"])+').finditer(text, at)]
 
 
 def sketch_values(values, end):
@@ -234,6 +240,11 @@ def chord_values(values, end):
         if chord_notes(name) is None:
             raise wrong(at, f"a chord such as Am, F#m7 or Gsus4 was expected, not {name!r}")
     return tuple(name for name, _ in values)
+
+
+def parse_chords(text):
+    """"Am F C G" -> their names. Raises UserError."""
+    return chord_values(words_at(text), len(text.rstrip()))
 
 
 def read_schedule(path):
@@ -314,7 +325,8 @@ def encoded_words(model, numbers, prompt):
     kept, _ = words_read(model, prompt)
     reads_words = model.conditioner.text_encoder.trains
     if prompt.strip() and (not kept or reads_words and not words_of(kept)):
-        words = ", ".join(list(model.sampling.get("words", []))[:20]) or "words and numbers"
+        learned = sorted(model.sampling.get("words", []), key=lambda word: (word[0].isdigit(), word))
+        words = ", ".join(learned[:100]) or "words and numbers"
         raise UserError(f"no word of the prompt {prompt!r} is known to this model; it knows {words}")
     return model.conditioner([kept], **numbers)
 
@@ -528,7 +540,7 @@ class Control:
         if command.name == "chords":
             planned = [line.command for _, line, _ in self.planned if isinstance(line.command, Setting)]
             if self.bpm is None and not any(one.name == "bpm" and one.value for one in planned):
-                raise UserError("chords need a tempo first: /bpm 92")
+                raise UserError("chords need a tempo first, such as /bpm 92 (--bpm 92)")
             return None
         if self.open_sketch is None:
             raise UserError("this stream was started without a way to read recordings")

@@ -595,7 +595,9 @@ def main():
                     bar.update(audio.shape[-1] / c.sample_rate)
                 if delivery.over:
                     break
-    except BrokenPipeError:
+    except BrokenPipeError:                                 # the player has quit, perhaps by the same Ctrl-C
+        if args.save_state and delivery.rest is not None:
+            save_state(args.save_state, model, precision, sound.state(), delivery.rest, pace.position)
         raise
     except (OSError, soundfile.LibsndfileError) as error:
         if not args.out:

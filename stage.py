@@ -22,7 +22,7 @@ from audio import (decoded_pieces, decoder_margin, decoder_state, encode_chunks,
                    restore_decoder, streaming_decoder)
 from common import STOP_SIGNALS, UserError, load_plain, save_whole, say
 from controls import WINDOW, features, sketch_channels
-from live import Control, parse_line, prompt_encoder, read_schedule, seconds_of
+from live import Control, Line, Setting, parse_chords, parse_line, prompt_encoder, read_schedule, seconds_of
 from recordings import overlapped, read_audio, resampled, to_stereo, usual_speakers
 
 PIECE_OUT = 0.05                                            # seconds that are handed out at once, paced
@@ -55,7 +55,8 @@ def control_of(model, args, pace, stopping, saved):
     if args.bpm:
         lines.append(f"/bpm {args.bpm!r}")
     if args.chords:
-        lines.append(in_option("--chords", parse_line, f"/chords {args.chords}"))
+        chords = in_option("--chords", parse_chords, args.chords)
+        lines.append(Line(None, Setting("chords", chords), f"/chords {args.chords}"))
     if args.sketch:
         lines.append(f'/sketch "{args.sketch}" {args.sketch_what} {args.sketch_until!r}')
     for moment, line in args.at:
@@ -195,7 +196,8 @@ class Pace:
             due = self.now() if self.lead is None else self.began + (first - self.first) / self.rate
             self.latencies.append((first / self.rate - one.heard, due - one.wall))
             music, clock = self.latencies[-1]
-            lines.append(f"{one.text!r} is heard from {first / self.rate:.2f} s on: {music:.2f} s of music "
+            what = "is handed to the player" if self.lead is None else "is heard"
+            lines.append(f"{one.text!r} {what} from {first / self.rate:.2f} s on: {music:.2f} s of music "
                          f"and {clock:.2f} s of time after it was said")
         return lines
 
@@ -212,7 +214,8 @@ class Pace:
         if self.latencies:
             music, clock = np.median(self.latencies, axis=0)
             lines.append(f"from a change to the first sample that obeys it, median of {len(self.latencies)}: "
-                         f"{music:.2f} s of music, {clock:.2f} s of time")
+                         f"{music:.2f} s of music, {clock:.2f} s of time"
+                         + ", and what the player holds back" * (self.lead is None))
         return lines
 
 
@@ -279,11 +282,8 @@ class Delivery:
         self.block_samples = block_samples
         self.end = math.inf if samples is None else pace.position + samples
         self.fade = None
-        self.rest = None                                    # at the end: what was made beyond it (1, 2, n)
-
-    @property
-    def over(self):
-        return self.rest is not None
+        self.over = False
+        self.rest = None                                    # what was made and not handed out yet (1, 2, n)
 
     def parts(self, piece):
         """A piece of audio (1, 2, n), which has just been made -> its parts, to be written at once."""
@@ -292,6 +292,7 @@ class Delivery:
         if late:
             say(late)
         while piece.shape[-1] and not self.over:
+            self.rest = piece                               # where whoever takes it fails to
             self.look_for_an_end(piece.shape[-1])
             n = min(piece.shape[-1], self.end - pace.position)
             if pace.lead is not None:
@@ -299,11 +300,11 @@ class Delivery:
             audio = piece[..., :n]
             piece = piece[..., n:]
             pace.wait(n)
-            if pace.position + n >= self.end:
-                self.rest = piece
             yield audio if self.fade is None else self.fade.of(audio, pace.position)
             for line in pace.hand_out(n, self.control.said if self.control else [], self.block_samples):
                 say(line)
+            self.rest = piece
+            self.over = pace.position >= self.end
 
     def look_for_an_end(self, in_hand):
         """Begin to fade where it is time for it. in_hand: samples that have been made."""
@@ -528,9 +529,9 @@ def load_state(path, model, precision):
     saved = load_plain(path, own=True)
     if not isinstance(saved, dict) or saved.get("kind") != "stream":
         raise UserError(f"{path} was not written by --save-state")
-    if saved["precision"] != precision:
+    if saved["precision"] != precision:                     # in which weights are others: not to be compared
         raise UserError(f"{path} is of a stream in {saved['precision']}: add --precision "
-                        f"{saved['precision']}")
+                        f"{saved['precision']}, and the --ckpt that it was played with")
     if saved["model"] != fingerprint(model):
         raise UserError(f"{path} is of a stream of another checkpoint (--ckpt)")
     return saved

@@ -2995,6 +2995,22 @@ def test_saved_and_resumed_is_unbroken(threads, tiny_file, tmp_path, call):
     assert status == 2 and "was not written by --save-state" in err
 
 
+def test_a_player_that_quits_leaves_the_state(tiny_file, tmp_path, call):
+    """... with which the stream goes on from the first sample that the player did not take."""
+    play = "--ckpt", tiny_file, "--precision", "float32", "--threads", 1
+    command = map(str, (sys.executable, HERE / "sample.py", *play, "--seconds", "inf", "--save-state", "a.pt"))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as player:
+        player.stdout.read(50000)
+        player.stdout.close()
+        assert b"Traceback" not in player.stderr.read()
+    at = torch.load(tmp_path / "a.pt", weights_only=True)["position"]
+    assert at >= (50000 - 44) // 4
+    assert call(sample.main, *play, "--seconds", 0.1, "--out", "b.wav", "--resume-state", "a.pt")[0] == 0
+    assert call(sample.main, *play, "--seconds", at / 44100 + 0.1, "--out", "whole.wav")[0] == 0
+    on, whole = samples_in(tmp_path / "b.wav"), samples_in(tmp_path / "whole.wav")
+    assert len(whole) == at + len(on) and np.abs(on - whole[at:]).max() <= 1
+
+
 def test_ctrl_c_fades_out(tiny_file, tmp_path, call, monkeypatch):
     """The first one: the block in hand goes down to silence, the state is saved, and what goes on from there
     is the unbroken stream."""
