@@ -115,6 +115,14 @@ def parse_line(text):
     return Line(moment, command, text[at:].strip())
 
 
+def parse_untimed(text):
+    """`parse_line` of what has its time from elsewhere. Raises UserError."""
+    line = parse_line(text)
+    if line.time is not None:
+        raise wrong(text.index("@"), "a prompt or a /command was expected, not a time")
+    return line
+
+
 def without_quoted(text):
     """The text with every quoted stretch replaced by as many zero characters. Raises UserError."""
     hidden = re.sub(r'"[^"]*"', lambda quoted: "\0" * len(quoted[0]), text)
@@ -354,11 +362,12 @@ class Said(NamedTuple):
     """A line that was said while the stream ran, for measuring how soon it is heard.
 
     block: the first that obeys; wall: when it was said, by time.perf_counter(); heard: the second of the
-    stream that the listener was at."""
+    stream that the listener was at; planned: it was said with a time."""
     text: str
     block: int
     wall: float
     heard: float
+    planned: bool = False
 
 
 class Control:
@@ -387,6 +396,7 @@ class Control:
         self.number = 0                                     # of the next block to be begun
         self.planned = []                                   # (block, Line, what it needs), in order
         self.said = deque(maxlen=256)                       # Said, until whoever measures takes them
+        self.states = deque(maxlen=16)                      # the last ones that `state` gave
         self.settings = {}                                  # cfg, steps, forget: as far as they were set
         self.bpm = None
         self.beat_from = (0, 0.0)                           # a block, and the bars before it began
@@ -394,8 +404,8 @@ class Control:
         self.sketched = None                                # OpenSketch
         self.end = None                                     # number of the block that fades out
         line = self.read(prompt)
-        if not isinstance(line.command, Mix):
-            raise UserError(f"a prompt was expected first, not {prompt!r}")
+        if not isinstance(line.command, Mix) or line.time is not None or line.command.seconds:
+            raise UserError(f"a prompt was expected first, without a time or a morph, not {prompt!r}")
         self.conds = {}                                     # of the prompts that are played: prompt -> Cond
         self.conds, remark = self.prepare(line)
         self.remarks = [remark] if remark else []           # on the first prompt and the schedule
@@ -415,6 +425,8 @@ class Control:
         """Take a line: a reply of one line. Raises UserError, and then nothing has changed.
 
         Without @TIME, or with one that is over, it holds from the next block that is begun."""
+        if not text.strip():
+            raise wrong(0, "a prompt or a /command was expected")
         return self.add(self.read(text), said=True)
 
     @property
@@ -502,6 +514,13 @@ class Control:
                 given.append((channels, sketched.what, sketched.until))
         return given_of(self.model, given) if given else None
 
+    def ends_sketch(self):
+        """Is the recording that is followed given up with the next block, so that it is not worth waiting
+        for?"""
+        with self.lock:
+            return any(block <= self.number and isinstance(line.command, Setting)
+                       and line.command.name in ("sketch", "stop") for block, line, _ in self.planned)
+
     # --- inside
     def read(self, text):
         """Text -> Line; a prompt that stands in a --prompt-file, or an empty one, is taken as it is."""
@@ -553,16 +572,21 @@ class Control:
             moment = line.time or 0.0
             block = max(self.number, math.ceil(moment / self.block_seconds - 1e-6))
             late = line.time is not None and moment < self.time - 1e-6
-            place = sum(planned[0] <= block for planned in self.planned)
-            self.planned.insert(place, (block, line, needs))
+            self.insert(block, line, needs)
             if said:
                 heard = self.clock() if self.clock else self.time
-                self.said.append(Said(line.text, block, time.perf_counter(), heard))
+                self.said.append(Said(line.text, block, time.perf_counter(), heard, line.time is not None))
         when = f"at {clock_of(moment)}" if line.time is not None and not late else "next"
         reply = f"{when}: {self.in_words(line)}"
         if late:
             reply += f" ({clock_of(moment)} is over)"
         return f"{reply} ({remark})" if remark else reply
+
+    def insert(self, block, line, needs):
+        place = sum(planned[0] <= block for planned in self.planned)
+        self.planned.insert(place, (block, line, needs))
+        for state in self.states:
+            state["planned"].append((block, line.text))
 
     def in_words(self, line):
         return line.text if isinstance(line.command, Setting) else repr(self.mix_in_words(line.command))
@@ -634,17 +658,21 @@ class Control:
 
     # --- to go on later
     def state(self):
-        """Plain values from which `restore` goes on with block `self.number`."""
+        """Plain values from which `restore` goes on with block `self.number`. Lines that are said later are
+        added to what is `planned` in it."""
         with self.lock:
             sketch = self.sketched and [self.sketched.file, self.sketched.what, self.sketched.until,
                                         self.sketched.begun]
-            return dict(number=self.number, planned=[(block, line.text) for block, line, _ in self.planned],
-                        settings=dict(self.settings), bpm=self.bpm, beat_from=list(self.beat_from),
-                        chords=list(self.chords or ()), sketch=sketch, origin=dict(self.origin),
-                        target=dict(self.target), morph=list(self.morph), heaviest=self.heaviest)
+            self.states.append(dict(
+                number=self.number, planned=[(block, line.text) for block, line, _ in self.planned],
+                settings=dict(self.settings), bpm=self.bpm, beat_from=list(self.beat_from),
+                chords=list(self.chords or ()), sketch=sketch, origin=dict(self.origin),
+                target=dict(self.target), morph=list(self.morph), heaviest=self.heaviest))
+            return self.states[-1]
 
     def restore(self, state):
-        """Go on from `state`. Lines planned here that were due before are over. Raises UserError."""
+        """Go on from `state`. Lines planned here that were due before are over; of the others, those count
+        that do not stand in `state`, after those that do. Raises UserError."""
         with self.lock:
             self.number = state["number"]
             self.settings = dict(state["settings"])
@@ -655,8 +683,10 @@ class Control:
             self.target = dict(state["target"])
             self.morph = tuple(state["morph"])
             self.heaviest = state["heaviest"]
-            again = {(block, line.text) for block, line, _ in self.planned}
-            self.planned = [planned for planned in self.planned if planned[0] >= self.number]
+            saved = [tuple(planned) for planned in state["planned"]]
+            new = [(block, line, needs) for block, line, needs in self.planned
+                   if block >= self.number and (block, line.text) not in saved]
+            self.planned = []
             self.conds = {prompt: self.encode(prompt) for prompt in {**self.origin, **self.target}}
             self.told = self.mix_at((self.number - 0.5) * self.block_seconds)
             self.cond = self.mixed(self.told)
@@ -666,9 +696,14 @@ class Control:
                 for _ in range(self.number - begun):
                     next(blocks, None)
                 self.sketched = OpenSketch(file, what, until, blocks, begun)
-            for block, text in state["planned"]:
-                if (block, text) not in again:
+            for block, text in saved:
+                try:
                     self.add(self.read(text)._replace(time=block * self.block_seconds))
+                except UserError as error:                  # such as chords where the tempo went off since
+                    say(f"left out: {text}: {error}")
+            self.states.append(state)
+            for block, line, needs in new:
+                self.insert(block, line, needs)
 
 
 class OpenSketch(NamedTuple):
@@ -689,5 +724,6 @@ def heaviest(mix, now):
 
 def clock_of(seconds):
     """65 -> 1:05."""
+    seconds = round(seconds, 3)
     whole_seconds = f"{seconds % 60:06.3f}".rstrip("0").rstrip(".")
     return f"{int(seconds // 60)}:{whole_seconds}"

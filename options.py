@@ -117,6 +117,8 @@ def check(model, args):
                         "stream, finetune it first (finetune.py --init)")
     if args.bpm and not takes_tempo(model.config):
         raise UserError("--bpm: this checkpoint cannot be told a beat; put the tempo in its prompt")
+    if args.forget is not None and args.no_transitions:
+        raise UserError("--forget: with --no-transitions no past is dropped")
     if args.compile:
         needs_speed("--compile")
     readers = [name for name, reads in (("--live", args.live), ("--sketch -", args.sketch == "-"),

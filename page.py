@@ -133,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
         reached = bracketed(self.connection.getsockname()[0])
         name = re.sub(r":[0-9]+$", "", host)
         if name not in ("localhost", "127.0.0.1", "[::1]", self.server.name, reached):
-            self.send_error(403, "Host: this server's own name or address was expected")
+            self.send_error(403, "Host: this server's address, or the name in --host, was expected")
             return True
         origins = self.headers.get_all("Origin", [])
         site = self.headers.get("Sec-Fetch-Site", "none")
@@ -248,7 +248,8 @@ def main():
     show.settings = sample.sampling_settings(model, args.steps, args.sampler, args.cfg)
     samples = None if math.isinf(args.seconds) else round(args.seconds * rate)
     pieces, plan, _ = sample.stream_pieces(model, args, samples, False, show.control, show.pace, None,
-                                            stopping)
+                                            stopping, take=lambda line: show.say(line)[0])
+    pieces = sample.only_first(pieces, samples)
     say(plan)
     server = Server(show, own.host, own.port)
     threading.Thread(target=server.serve_forever, name="server", daemon=True).start()

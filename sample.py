@@ -11,6 +11,7 @@ import itertools
 import math
 import sys
 import time
+from functools import partial
 
 import soundfile
 import torch
@@ -422,11 +423,11 @@ def clip_pieces(model, args):
     return pieces(), f"{prompt!r}: one clip, {in_words(settings)}"
 
 
-def stream_pieces(model, args, samples, together, control, pace, saved, stopping):
+def stream_pieces(model, args, samples, together, control, pace, saved, stopping, take=None):
     """The audio pieces (1, 2, n) of a stream, at least `samples` of them, a line about the plan, and Sound.
 
     samples: None for no end; together: make blocks while others are decoded; pace: where the stream begins,
-    which --listen moves to before block 0."""
+    which --listen moves to before block 0; take: takes a typed line (None: control.say)."""
     c = model.config
     settings = sampling_settings(model, args.steps, args.sampler, args.cfg)
     in_force = saved["stream"]["settings"] if saved else settings
@@ -444,10 +445,13 @@ def stream_pieces(model, args, samples, together, control, pace, saved, stopping
     if samples is not None:
         end = pace.position + samples
         blocks = math.ceil((end / c.hop + decoder_margin(c)) / c.block) - sound.number
-    typing = Typing(sys.stdin, lambda line: take_line(control, line)) if args.live else None
+        never = [text for second, text in control.plan if second * c.sample_rate >= end]
+        if never:
+            say(f"planned for after the end, and not played: {'; '.join(never)}")
+    typing = Typing(sys.stdin, partial(take_line, take or control.say)) if args.live else None
     listening = None
     if args.listen:
-        listening = Listening(model, audio_from(args.listen, c, stopping), args.delay, args.mix)
+        listening = Listening(model, audio_from(args.listen, c, stopping.is_set), args.delay, args.mix)
         pace.first = pace.position = -listening.delay       # silence first: block 0 begins at sample 0
 
     def change(number):
@@ -497,6 +501,17 @@ def after(first, pieces):
     """One piece, then the others."""
     yield first
     yield from pieces
+
+
+def only_first(pieces, samples):
+    """The first so many samples; None: all."""
+    for piece in pieces:
+        piece = piece[..., :samples]
+        yield piece
+        if samples is not None:
+            samples -= piece.shape[-1]
+            if not samples:
+                return
 
 
 def without_first(pieces, samples):
@@ -551,7 +566,7 @@ def main():
     length = args.seconds * c.sample_rate
     samples = None if math.isinf(length) else round(length)
     stopping = Stopping()
-    saved = load_state(args.resume_state, model, precision) if args.resume_state else None
+    saved = load_state(args, model, precision) if args.resume_state else None
     pace = Pace(c.sample_rate, args.realtime, saved["position"] if saved else 0)
     control = sound = None
     if model.stage == "base":
@@ -597,7 +612,7 @@ def main():
                     break
     except BrokenPipeError:                                 # the player has quit, perhaps by the same Ctrl-C
         if args.save_state and delivery.rest is not None:
-            save_state(args.save_state, model, precision, sound.state(), delivery.rest, pace.position)
+            save_state(args, model, precision, sound.state(), delivery.rest, pace.position)
         raise
     except (OSError, soundfile.LibsndfileError) as error:
         if not args.out:
@@ -605,7 +620,7 @@ def main():
         raise UserError(f"cannot go on writing {target} after {written / c.sample_rate:.1f} s: "
                         f"{reason_of(error, args.out)}") from None
     if args.save_state and delivery.over:
-        save_state(args.save_state, model, precision, sound.state(), delivery.rest, pace.position)
+        save_state(args, model, precision, sound.state(), delivery.rest, pace.position)
     seconds = written / c.sample_rate
     took = time.time() - started
     then = (written - first_samples) / c.sample_rate / max(1e-9, took - first_seconds)

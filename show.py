@@ -99,8 +99,8 @@ class Show:
     def say(self, text):
         """Take a line of live.py's grammar, or /start: the reply, and the sample from which it holds, or
         None. Raises UserError."""
-        word = text.strip()
-        if word == "/start" and self.over:
+        word = text.strip().lower()
+        if self.over:
             raise UserError("the set is over: start page.py again")
         if word == "/start":
             self.going.set()
@@ -109,7 +109,7 @@ class Show:
         if word == "/stop":                                 # "@20 /stop" is the control's: the end for good
             self.going.clear()
             return "stopping: one more block, which fades out", None
-        if not self.files and word not in self.control.names and names_file(text):
+        if not self.files and text.strip() not in self.control.names and names_file(text):
             raise UserError("files can be named only where nobody else reaches the page")
         before = time.perf_counter()
         answer = self.control.say(text)

@@ -22,11 +22,13 @@ from audio import (decoded_pieces, decoder_margin, decoder_state, encode_chunks,
                    restore_decoder, streaming_decoder)
 from common import STOP_SIGNALS, UserError, load_plain, save_whole, say
 from controls import WINDOW, features, sketch_channels
-from live import Control, Line, Setting, parse_chords, parse_line, prompt_encoder, read_schedule, seconds_of
-from recordings import overlapped, read_audio, resampled, to_stereo, usual_speakers
+from live import (Control, Line, Setting, parse_chords, parse_untimed, prompt_encoder, read_schedule,
+                  seconds_of)
+from recordings import LOUDEST, overlapped, read_audio, resampled, to_stereo, usual_speakers
 
 PIECE_OUT = 0.05                                            # seconds that are handed out at once, paced
 SHORTEST_FADE = 0.1                                         # seconds
+KEPT_OPTIONS = "no_transitions", "no_cache", "prompt_file"    # without which no saved stream goes on exactly
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE                       # formats of a WAV; the last names one further on
 ENDLESS = 2 ** 62                                           # bytes: of a WAV whose length is not known yet
 
@@ -47,10 +49,18 @@ def control_of(model, args, pace, stopping, saved):
     if prompt is None:
         prompt = names[0] if names else model.sampling.get("prompt", "")
 
+    standard_input = args.sketch == "-"                     # is it still to be read?
+
     def sketch_of(file):
-        if file == "-" and args.sketch != "-":
-            raise UserError("standard input is read as a sketch by --sketch - only")
-        return open_sketch(model, audio_from(file, model.config, stopping))
+        nonlocal standard_input
+        if file == "-" and not standard_input:
+            raise UserError("standard input is read as a sketch once, from the start, by --sketch -")
+        standard_input = standard_input and file != "-"
+        return open_sketch(model, audio_from(file, model.config, given_up))
+
+    def given_up():
+        return stopping.is_set() or control is not None and control.ends_sketch()
+    control = None
     lines = []
     if args.bpm:
         lines.append(f"/bpm {args.bpm!r}")
@@ -58,10 +68,11 @@ def control_of(model, args, pace, stopping, saved):
         chords = in_option("--chords", parse_chords, args.chords)
         lines.append(Line(None, Setting("chords", chords), f"/chords {args.chords}"))
     if args.sketch:
-        lines.append(f'/sketch "{args.sketch}" {args.sketch_what} {args.sketch_until!r}')
+        sketch = args.sketch, args.sketch_what, args.sketch_until
+        lines.append(Line(None, Setting("sketch", sketch), '/sketch "{}" {} {!r}'.format(*sketch)))
     for moment, line in args.at:
         at = in_option("--at", seconds_of, moment)
-        lines.append(in_option(f"--at {moment}", parse_line, line)._replace(time=at))
+        lines.append(in_option(f"--at {moment}", parse_untimed, line)._replace(time=at))
     if args.schedule:
         lines += read_schedule(args.schedule)
     control = Control(model, encode, prompt, lines, names, pace.heard, sketch_of)
@@ -89,23 +100,30 @@ class Typing:
         self.lock = threading.Lock()
 
     def poll(self):
-        """Take all whole lines that are there, without waiting."""
-        with self.lock:
-            try:
-                while self.open and select.select([self.file], [], [], 0)[0]:
-                    more = os.read(self.file.fileno(), 2 ** 16)
-                    self.unfinished += more
-                    self.open = bool(more)
-            except (OSError, ValueError):                   # a terminal that is gone, a file that was closed
-                self.open = False
-            *lines, self.unfinished = self.unfinished.split(b"\n")
-            if not self.open:                               # the last line may end without a newline
-                lines.append(self.unfinished)
-                self.unfinished = b""
-            for line in lines:
-                line = line.decode(errors="replace").strip()
-                if line:
-                    self.take(line)
+        """Take the whole lines that are there, without waiting: neither for more, nor for another thread
+        that is taking some."""
+        if not self.lock.acquire(blocking=False):
+            return
+        try:
+            for line in self.lines():
+                self.take(line)
+        finally:
+            self.lock.release()
+
+    def lines(self):
+        try:
+            if self.open and select.select([self.file], [], [], 0)[0]:
+                more = os.read(self.file.fileno(), 2 ** 16)
+                self.unfinished += more
+                self.open = bool(more)
+        except (OSError, ValueError):                       # a terminal that is gone, a file that was closed
+            self.open = False
+        *lines, self.unfinished = self.unfinished.split(b"\n")
+        if not self.open:                                   # the last line may end without a newline
+            lines.append(self.unfinished)
+            self.unfinished = b""
+        lines = (line.decode(errors="replace").strip() for line in lines)
+        return [line for line in lines if line]
 
     def watch(self):
         """Poll in a thread of its own from now on, so that a line's time is the time at which it was
@@ -121,10 +139,10 @@ class Typing:
             self.poll()
 
 
-def take_line(control, line):
-    """Say a line and print the reply, or what is wrong with it: the music goes on."""
+def take_line(take, line):
+    """Print take(line), the reply, or what is wrong with it: the music goes on."""
     try:
-        reply = control.say(line)
+        reply = take(line)
     except UserError as error:
         reply = str(error)
     say(reply)
@@ -193,6 +211,8 @@ class Pace:
             if first >= self.position:
                 continue
             said.remove(one)
+            if one.planned:
+                continue
             due = self.now() if self.lead is None else self.began + (first - self.first) / self.rate
             self.latencies.append((first / self.rate - one.heard, due - one.wall))
             music, clock = self.latencies[-1]
@@ -318,44 +338,53 @@ class Delivery:
 
 
 # -------------------------------------------------------------------------------- other people's audio
-def audio_from(file, config, stopping=None):
+def audio_from(file, config, given_up=None):
     """A recording, or "-" for a WAV on standard input as it comes -> tensors (2, n) at the model's rate.
 
-    stopping: an Event that ends what comes from standard input. Raises UserError, with the first piece."""
-    return wav_pieces(sys.stdin, config, stopping) if file == "-" else read_audio(file, config)
+    given_up: a function that says whether what comes from standard input is over. Raises UserError, with the
+    first piece."""
+    return wav_pieces(sys.stdin, config, given_up) if file == "-" else read_audio(file, config)
 
 
-def wav_pieces(stream, config, stopping=None, seconds=0.02):
+def wav_pieces(stream, config, given_up=None, seconds=0.02):
     """A WAV that arrives through a pipe -> tensors (2, n) at the model's rate, about so many seconds each."""
     if stream is None:
         raise UserError("standard input is closed: a WAV was expected there")
-    come = arriving(stream.fileno(), stopping)
+    come = arriving(stream.fileno(), given_up)
     try:
         rate, channels, kind, bits, size = wav_form(come)
     except struct.error:
         raise UserError("standard input: no WAV (16, 24 or 32 bits) arrived there") from None
+    if not 1000 <= rate <= 1000000:
+        raise UserError(f"standard input: a WAV with a sample rate of {rate} Hz arrived there")
     frame = bits // 8 * channels                            # bytes
 
     def arrays():
         left = size
+        warned = False
         while left > 0:
             raw = come(max(1, round(seconds * rate)) * frame)[:left]
             left -= len(raw)
             if len(raw) < frame:
                 return
-            yield samples_of(raw[:len(raw) // frame * frame], kind, bits).reshape(-1, channels)
+            samples = samples_of(raw[:len(raw) // frame * frame], kind, bits).reshape(-1, channels)
+            sound = np.abs(samples) <= LOUDEST              # not so for what is no number
+            if not sound.all() and not warned:
+                say("standard input: samples that are no numbers, or far too loud, are taken for silence")
+                warned = True
+            yield np.where(sound, samples, np.float32(0))
     for audio in resampled(to_stereo(arrays(), usual_speakers(channels)), rate, config.sample_rate, seconds):
         yield audio.mean(dim=0, keepdim=True) if config.audio_channels == 1 else audio
 
 
-def arriving(descriptor, stopping=None):
-    """A function read(n) -> the next n bytes that arrive there, fewer at the end or when `stopping` is
-    set."""
+def arriving(descriptor, given_up=None):
+    """A function read(n) -> the next n bytes that arrive there, fewer at the end or once given_up() is
+    true."""
     def read(n):
         raw = b""
         while len(raw) < n:
             while not select.select([descriptor], [], [], 0.2)[0]:
-                if stopping is not None and stopping.is_set():
+                if given_up is not None and given_up():
                     return raw
             more = os.read(descriptor, n - len(raw))
             raw += more
@@ -517,15 +546,19 @@ class Sound:
         return dict(self.kept[self.number], decoder=decoder_state(self.decoder))
 
 
-def save_state(path, model, precision, states, rest, position):
-    """Write what `load_state` reads. states: of stream, control and decoder. Raises UserError."""
+def save_state(args, model, precision, states, rest, position):
+    """Write --save-state, which `load_state` reads. states: of stream, control and decoder. Raises
+    UserError."""
     save_whole({"kind": "stream", "model": fingerprint(model), "precision": precision, **states,
-                "rest": rest.cpu().clone(), "position": position}, path)
+                "options": {name: bool(getattr(args, name)) for name in KEPT_OPTIONS},
+                "rest": rest.cpu().clone(), "position": position}, args.save_state)
 
 
-def load_state(path, model, precision):
-    """The file of a stream that was stopped: states of the stream, of its control and decoder, and the audio
-    that was made but not written (`rest`), with the position of its first sample. Raises UserError."""
+def load_state(args, model, precision):
+    """--resume-state, the file of a stream that was stopped: states of the stream, of its control and
+    decoder, and the audio that was made but not written (`rest`), with the position of its first sample.
+    Raises UserError."""
+    path = args.resume_state
     saved = load_plain(path, own=True)
     if not isinstance(saved, dict) or saved.get("kind") != "stream":
         raise UserError(f"{path} was not written by --save-state")
@@ -534,6 +567,11 @@ def load_state(path, model, precision):
                         f"{saved['precision']}, and the --ckpt that it was played with")
     if saved["model"] != fingerprint(model):
         raise UserError(f"{path} is of a stream of another checkpoint (--ckpt)")
+    for name, given in saved.get("options", {}).items():
+        if given != bool(getattr(args, name)):
+            mend = "add it" if given else "leave it out"
+            raise UserError(f"{path} is of a stream played with{'' if given else 'out'} "
+                            f"--{name.replace('_', '-')}: {mend}")
     return saved
 
 

@@ -2289,6 +2289,34 @@ def test_lines_of_a_terminal():
             assert lines == ["last"] * pipe and not typing.open
 
 
+def test_a_line_that_takes_long_keeps_no_block_waiting():
+    """While one thread takes a line another passes by, and of a flood each poll takes a part."""
+    read, write = os.pipe()
+    taking, done = threading.Event(), threading.Event()
+    lines = []
+
+    def take(line):
+        lines.append(line)
+        taking.set()
+        assert done.wait(30)
+    with open(read) as file:
+        typing = stage.Typing(file, take)
+        os.write(write, b"slow\n")
+        thread = threading.Thread(target=typing.poll)
+        thread.start()
+        assert taking.wait(30)
+        os.write(write, b"fast\n")
+        typing.poll()
+        assert lines == ["slow"]
+        done.set()
+        thread.join()
+        os.set_blocking(write, False)
+        os.write(write, b"fast\n" * 13100)                 # 65,500 bytes
+        typing.poll()
+        assert lines.count("fast") == 13101 and typing.open
+    os.close(write)
+
+
 def test_live_prompts(tiny_file, tmp_path, monkeypatch, call):
     """--live: the last line typed is played from the next block on; one that cannot be is named and the music
     goes on."""
@@ -2986,6 +3014,7 @@ def test_saved_and_resumed_is_unbroken(threads, tiny_file, tmp_path, call):
     assert len(parts) == len(whole) and np.abs(parts - whole).max() <= 1
     common.save(tiny(seed=1), tmp_path / "other.pt")
     for args, reason in ((("--ckpt", "other.pt", "--precision", "float32"), "of another checkpoint"),
+                         (("--ckpt", tiny_file, "--precision", "float32", "--no-transitions"), "leave it out"),
                          (("--ckpt", tiny_file, "--precision", "bf16"), "of a stream in float32"),
                          (("--ckpt", tiny_file, "--steps", 3), "no --steps beside it"),
                          (("--ckpt", tiny_file, "--prime", "a.wav"), "no --prime")):
@@ -3009,6 +3038,26 @@ def test_a_player_that_quits_leaves_the_state(tiny_file, tmp_path, call):
     assert call(sample.main, *play, "--seconds", at / 44100 + 0.1, "--out", "whole.wav")[0] == 0
     on, whole = samples_in(tmp_path / "b.wav"), samples_in(tmp_path / "whole.wav")
     assert len(whole) == at + len(on) and np.abs(on - whole[at:]).max() <= 1
+
+
+def test_a_state_keeps_what_is_said_after_its_last_block(capsys):
+    """A line that was acknowledged is not lost; what is planned anew comes after what was saved for the same
+    block; a saved line that cannot be played any more is named."""
+    model = sketching()
+    control = controlled(model, lines=["@0 /bpm 92", "@9 fast"])
+    control.change(0)
+    state = control.state()
+    control.say("loud")
+    control.say("@8 /chords Am F")
+    second = math.ceil(8 / control.block_seconds), "/chords Am F"
+    assert state["planned"][1:] == [(1, "loud"), second]
+    later = controlled(model, lines=["@9 slow", "@0 loud"])
+    later.restore({**state, "bpm": None})
+    assert "left out: /chords Am F: chords need a tempo" in capsys.readouterr().err
+    assert [text for _, text in later.plan] == ["loud", "fast", "slow"]
+    again = later.state()
+    later.say("fast:1 + loud:1")
+    assert [text for _, text in again["planned"]] == ["loud", "fast", "slow", "fast:1 + loud:1"]
 
 
 def test_ctrl_c_fades_out(tiny_file, tmp_path, call, monkeypatch):
@@ -3081,6 +3130,8 @@ def test_pace_by_a_clock_that_is_told():
     free.wait(10)
     assert free.arrived() is None and free.hand_out(10, [live.Said("fast", 1, clock[0] - 3, 0.2)], 5)
     assert free.latencies == [(pytest.approx(0.3), pytest.approx(3.0))]
+    planned = [live.Said("fast", 1, clock[0] - 3, 0.2, planned=True)]       # for later: no sign of slowness
+    assert free.hand_out(10, planned, 5) == [] and planned == [] and len(free.latencies) == 1
 
 
 def test_realtime_says_how_soon(tiny_file, tmp_path, call, monkeypatch):
@@ -3193,7 +3244,46 @@ def test_wav_that_arrives_in_pieces(subtype, tmp_path):
     stopping.set()
     read, write = os.pipe()
     with open(read) as file, pytest.raises(UserError, match="no WAV"):  # a pipe that stays silent
-        next(stage.wav_pieces(file, TINY, stopping))
+        next(stage.wav_pieces(file, TINY, stopping.is_set))
+    os.close(write)
+
+
+def test_a_wav_that_makes_no_sense(tmp_path, capsys):
+    """Samples that are no numbers are silence, with a line: one would stay in the context for ever."""
+    samples = notes(0.1)
+    samples[2000], samples[3000, 1] = math.nan, 1e30
+    soundfile.write(tmp_path / "x.wav", samples, 44100, "FLOAT")
+    with open(tmp_path / "x.wav") as file:
+        audio = torch.cat(list(stage.wav_pieces(file, TINY)), dim=1).numpy().T
+    samples[2000], samples[3000, 1] = 0, 0
+    assert np.abs(audio - samples).max() < 1e-4
+    assert capsys.readouterr().err.count("no numbers") == 1
+    for rate in 20, 4_000_000:
+        soundfile.write(tmp_path / "x.wav", notes(0.1), rate)
+        with open(tmp_path / "x.wav") as file, pytest.raises(UserError, match=f"rate of {rate} Hz"):
+            next(stage.wav_pieces(file, TINY))
+
+
+def test_a_sketch_that_pauses_can_be_given_up(tmp_path):
+    """/sketch off is not kept waiting by a pipe that stays silent."""
+    model = sketching()
+    soundfile.write(tmp_path / "x.wav", notes(1.0), 44100, "PCM_16")
+    content = (tmp_path / "x.wav").read_bytes()
+    read, write = os.pipe()
+    os.write(write, content[:40000])
+    with open(read) as file:
+        control = None
+        pieces = stage.wav_pieces(file, model.config, lambda: control is not None and control.ends_sketch())
+        control = controlled(model, lines=["@0 /sketch - pitch"],
+                             open_sketch=lambda name: stage.open_sketch(model, pieces))
+        made = sample.stream(model, control.cond, change=control.change, sketch=control.sketch)
+        thread = threading.Thread(target=lambda: [next(made) for _ in range(40)])
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive() and not control.ends_sketch()
+        control.say("/sketch off")
+        thread.join(30)
+        assert not thread.is_alive() and control.sketched is None
     os.close(write)
 
 
@@ -3240,8 +3330,11 @@ def test_a_sketch_is_played(tmp_path, call):
     for args, reason in ((("--sketch", "x.wav"),
                           "no channels of pitch and level: it cannot be given a sketch"),
                          (("--sketch", "none.wav"), "no channels of pitch"),
-                         (("--chords", "Am H"), "--chords: column 12"),
+                         (("--chords", "Am H"), "--chords: column 4"),
                          (("--at", "x", "a"), "--at: column 1"), (("--at", "5", "a:x"), "--at 5: column 3"),
+                         (("--at", "5", " @7 fast"), "--at 5: column 2"), (("--prompt", "@7 fast"), "first"),
+                         (("--prompt", "fast ~ 3"), "without a time or a morph"),
+                         (("--forget", 1, "--no-transitions"), "--forget"),
                          (("--live", "--listen", "-"), "cannot both"),
                          (("--mix", "1"), "belong to --listen"),
                          (("--schedule", "none"), "cannot read the sch")):
@@ -3495,8 +3588,16 @@ def test_late_pieces_set_the_clock_back(capsys):
     wait_until(lambda: playing.over and playing.due() == 60)
     ended.set()
     assert len(playing.pace.late) == 2 and "late: the audio at 0.0 s" in capsys.readouterr().err
-    with pytest.raises(UserError, match="over"):
-        playing.say("/start")
+    for line in "/start", "fast":
+        with pytest.raises(UserError, match="over"):
+            playing.say(line)
+
+
+def test_a_set_ends_at_its_seconds():
+    pieces = [torch.full((1, 2, 5), float(i)) for i in range(4)]
+    cut = torch.cat(list(sample.only_first(iter(pieces), 12)), dim=-1)
+    assert torch.equal(cut, torch.cat(pieces, dim=-1)[..., :12])
+    assert len(list(sample.only_first(iter(pieces), None))) == 4
 
 
 def test_others_cannot_name_files():
@@ -3507,7 +3608,8 @@ def test_others_cannot_name_files():
         with pytest.raises(UserError, match="files can be named only"):
             playing.say(line)
     assert playing.say("fast") == ("next: 'fast'", 0) and playing.say("/sketch off")
-    assert playing.say("/stop")[1] is None and playing.say("/start")[1] is None
+    assert playing.say(" /Stop")[1] is None and not playing.going.is_set()
+    assert playing.say("/START")[1] is None and playing.going.is_set()
 
 
 @pytest.mark.parametrize("args, message", (
@@ -3685,8 +3787,15 @@ def test_page_in_a_browser(tmp_path):
     with served(silence, lead=1.0) as venue:
         browser = Chromium(tmp_path)
         try:
+            venue.show.control.say("slow piano:0.25 + loud:0.75")
+            wait_until(lambda: len(venue.show.control.status()["mix"]) == 2)
             browser.ask("Page.navigate", {"url": f"http://localhost:{venue.port}/"})
             wait_until(lambda: browser.run("document.querySelector('#a')?.value") == "slow piano")
+            assert browser.run("document.querySelector('#b').value") == "loud"
+            assert browser.run("document.querySelector('#fade').value") == "0.75"
+            browser.run("document.querySelector('#b').value = ''")
+            venue.show.control.say("/cfg 4")
+            wait_until(lambda: browser.run("document.querySelector('#cfg').value") == "4")
             browser.run("document.querySelector('#listen').click()")
             wait_until(lambda: (browser.run("window.playedFrames") or 0) > 44100)
             browser.run("const a = document.querySelector('#a'); a.value = 'fast'; a.onchange()")
