@@ -28,9 +28,9 @@ from torch import nn
 
 import data
 import library
-from common import (UserError, check_streams, finite, load, not_negative, positive_finite, random_seed,
-                    read_checkpoint, regime_of, run, save, speed, step_count, thread_count,
-                    training_precision, uninterrupted, whole, whole_or_zero)
+from common import (HelpWithDefaults, UserError, check_streams, finite, load, not_negative,
+                    positive_finite, random_seed, read_checkpoint, regime_of, run, save, speed, step_count,
+                    thread_count, training_precision, uninterrupted, whole, whole_or_zero)
 from finetune import WITHOUT_BEAT, missing_context
 from model import (Conditioner, Config, DiT, add_noise, alpha_sigma, denoise, noise_level, schedule,
                    shift_time, velocity)
@@ -486,12 +486,12 @@ def verdict(recent):
 # -------------------------------------------------------------------------------- the script
 def parser():
     p = argparse.ArgumentParser(description="ARC-Forcing: stable for minutes, in a handful of steps.",
-                                allow_abbrev=False)
+                                allow_abbrev=False, formatter_class=HelpWithDefaults)
     p.add_argument("--init", default="out/finetune.pt", help="finetuned checkpoint to start from")
     p.add_argument("--data", help="folder of audio files (default: the one --init was finetuned on)")
     p.add_argument("--base", help="checkpoint for the discriminator, or none: --init itself "
                                   "(default: the public model that --init comes from)")
-    p.add_argument("--out", default="out/arc.pt")
+    p.add_argument("--out", default="out/arc.pt", help="checkpoint to write")
     p.add_argument("--resume", action="store_true",
                    help="go on from --out, with its settings unless given again")
     # the game
@@ -506,7 +506,7 @@ def parser():
     p.add_argument("--lr", type=positive_finite, default=1e-6, help="learning rate of G in the game")
     p.add_argument("--d-lr", type=positive_finite, default=1e-6, help="learning rate of D in the game")
     p.add_argument("--clip", type=not_negative, default=1.0, help="largest gradient norm, 0 for no clipping")
-    p.add_argument("--seed", type=random_seed, default=0)
+    p.add_argument("--seed", type=random_seed, default=0, help="of all that is drawn")
     # before the game
     p.add_argument("--d-warmup", type=whole_or_zero, default=500, help="steps of flow matching for D")
     p.add_argument("--g-warmup", type=whole_or_zero, default=0,
@@ -523,8 +523,10 @@ def parser():
     p.add_argument("--sample-every", type=whole_or_zero, default=500,
                    help="steps between samples in out/samples, 0 for none")
     # machine
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="such as cpu, cuda or cuda:1")
+    p.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto",
+                   help="auto: bf16 where it is faster")
     p.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True,
                    help="activation checkpointing in D: less memory, slower")
     p.add_argument("--threads", type=thread_count, help="CPU threads (default: PyTorch's choice)")

@@ -55,6 +55,14 @@ def say(text):
     print(text, file=sys.stderr)
 
 
+class HelpWithDefaults(argparse.HelpFormatter):
+    """Each option's default, where its help does not tell it already."""
+
+    def _get_help_string(self, action):
+        told = "default" in action.help or action.default in (None, argparse.SUPPRESS) or action.nargs == 0
+        return action.help if told else f"{action.help} (default: %(default)s)"
+
+
 def keep_inputs(output, inputs):
     """UserError where the file to be written is one of those that are read, under whatever name or link.
 

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch.quasirandom import SobolEngine
 
 import data
-from common import (UserError, finite, fraction, load, not_negative, positive_finite, random_seed,
-                    read_checkpoint, regime_of, run, save, speed, thread_count, training_precision,
-                    uninterrupted, whole, whole_or_zero)
+from common import (HelpWithDefaults, UserError, finite, fraction, load, not_negative, positive_finite,
+                    random_seed, read_checkpoint, regime_of, run, save, speed, thread_count,
+                    training_precision, uninterrupted, whole, whole_or_zero)
 from model import Numbered, add_noise, shift_time, velocity
 from training import (Average, average_gradients, check_text_encoder, clip_gradients, condition,
                       describe_batch, encode_texts, keep_earlier_run, Log, millions, parse, prepare_once,
@@ -174,9 +174,9 @@ def draw_batches(tracks, config, args, micro_batches, first_step):
 # -------------------------------------------------------------------------------- the script
 def parser():
     p = argparse.ArgumentParser(description="Finetune a model to stream, on a folder of audio.",
-                                allow_abbrev=False)
+                                allow_abbrev=False, formatter_class=HelpWithDefaults)
     p.add_argument("--data", help="folder of audio files (needed, except with --resume)")
-    p.add_argument("--out", default="out/finetune.pt")
+    p.add_argument("--out", default="out/finetune.pt", help="checkpoint to write")
     p.add_argument("--init", default=str(Path(__file__).parent / "nano.pt"),
                    help="checkpoint to start from; its autoencoder stays as it is")
     p.add_argument("--resume", action="store_true",
@@ -191,7 +191,7 @@ def parser():
                    help="from now on tell each frame its place in the bar, where the checkpoint was told it "
                         "once a block")
     # optimization
-    p.add_argument("--steps", type=whole, default=10000)
+    p.add_argument("--steps", type=whole, default=10000, help="steps of the optimizer")
     p.add_argument("--batch", type=whole, default=16,
                    help="crops per step, over all processes and accumulations")
     p.add_argument("--accumulate", type=whole, default=1, help="backward passes per step")
@@ -208,17 +208,19 @@ def parser():
     p.add_argument("--tag-dropout", type=fraction, default=0.0,
                    help="in half of all crops drop each part of a prompt between commas at this rate")
     p.add_argument("--clip", type=not_negative, default=1.0, help="largest gradient norm, 0 for no clipping")
-    p.add_argument("--seed", type=random_seed, default=0)
+    p.add_argument("--seed", type=random_seed, default=0, help="of all that is drawn")
     # reports
     p.add_argument("--every", type=whole, default=250,
                    help="steps between validation, checkpoint and log row")
-    p.add_argument("--validation-crops", type=whole, default=32)
+    p.add_argument("--validation-crops", type=whole, default=32, help="how many it is measured on")
     p.add_argument("--sample-every", type=whole_or_zero, default=1000,
                    help="steps between samples in out/samples, 0 for none")
-    p.add_argument("--sample-seconds", type=positive_finite, default=10)
+    p.add_argument("--sample-seconds", type=positive_finite, default=10, help="length of each")
     # machine
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="such as cpu, cuda or cuda:1")
+    p.add_argument("--precision", choices=("auto", "float32", "bf16"), default="auto",
+                   help="auto: bf16 where it is faster")
     p.add_argument("--remat", action=argparse.BooleanOptionalAction, default=False,
                    help="activation checkpointing: less memory, slower")
     p.add_argument("--threads", type=thread_count, help="CPU threads (default: PyTorch's choice)")

@@ -31,6 +31,7 @@ AUDIO |= set(".voc .ra .rm .ogx .ogv".split())                       # from .m4a
 BESIDE = set(".jpg .jpeg .png .gif .webp .bmp .pdf .m3u .m3u8 .pls .cue .log .npy .pt .json .db .ini".split())
 METADATA = "metadata.csv", "metadata.jsonl", "metadata.json"
 HELD_OUT = {"validation", "valid", "val", "dev", "test", "eval"}    # names of folders, by convention
+TRAINED_ON = {"train", "training"}
 LARGEST_METADATA = 2 ** 24                                  # bytes; what is made of them takes 20 times that
 LARGEST_CAPTION = 2 ** 22                                   # bytes; a longer text is about something else
 
@@ -354,7 +355,7 @@ def prompt_from_tags(file, name, notes):
 
 def find_prompt(file, folder, metadata, notes):
     """The prompt of one track and where it is from: "metadata" (of `read_metadata`), else "captions" beside it,
-    else title and genre "tags", else "names" of file and folder."""
+    else title and genre "tags", else "names" of file and folder (but for a folder that tells the split)."""
     file = Path(file)
     name = file.relative_to(folder).as_posix()
     text = metadata.get(name) or metadata.get(composed(name))
@@ -368,4 +369,6 @@ def find_prompt(file, folder, metadata, notes):
     text = prompt_from_tags(file, name, notes)
     if text:
         return text, "tags"
-    return f"{clean(file.stem)}, {clean(Path(os.path.abspath(file)).parent.name)}", "names"
+    parent = Path(os.path.abspath(file)).parent.name
+    parts = [file.stem] if parent.lower() in HELD_OUT | TRAINED_ON else [file.stem, parent]
+    return ", ".join(clean(part) for part in parts), "names"

@@ -1,7 +1,7 @@
 """Play: one block after another, for as long as you like.
 
     python sample.py --seconds 600 > out.wav
-    python sample.py --live | ffplay -nodisp -nostats -   # what you type is what is played next
+    python sample.py --live --realtime 1 | ffplay -autoexit -nodisp -    # what you type is what is played next
 
 `denoise_block` makes a block, `Context` remembers the finished ones (the KV cache), `stream` puts them
 together; training rolls out with the same. `decode_stream` in audio.py turns blocks into sound. See "How it
@@ -613,6 +613,7 @@ def main():
     except BrokenPipeError:                                 # the player has quit, perhaps by the same Ctrl-C
         if args.save_state and delivery.rest is not None:
             save_state(args, model, precision, sound.state(), delivery.rest, pace.position)
+            say(f"whoever listened has quit; --resume-state {args.save_state} goes on from there")
         raise
     except (OSError, soundfile.LibsndfileError) as error:
         if not args.out:

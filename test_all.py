@@ -2073,6 +2073,22 @@ def test_captions_in_any_encoding(tmp_path, encoding):
     assert prompt_of(tmp_path / "a.wav", tmp_path, {}) == TEXT
 
 
+def test_a_name_of_the_split_is_no_word(tmp_path):
+    """A track without words is called by its file and folder, but not "test" where others are "train"."""
+    for folder, prompt in (("Night", "drive, Night"), ("test", "drive"), ("Train", "drive")):
+        (tmp_path / folder).mkdir()
+        save_wav(tmp_path / folder / "03 - drive.wav")
+        assert prompt_of(tmp_path / folder / "03 - drive.wav", tmp_path, {}) == prompt
+
+
+def test_help_tells_defaults():
+    text = " ".join(finetune.parser().format_help().split())
+    for told in ("--batch BATCH crops per step, over all processes and accumulations (default: 16)",
+                 "blocks of context (default: the checkpoint's) --blocks", "steps of linear warm-up (default: 0)",
+                 "unless given again --causal"):
+        assert told in text, told
+
+
 def test_captions_that_are_no_text_are_named(tmp_path):
     save_wav(tmp_path / "a.wav")
     for content in ("медленное пианино".encode("cp1251"), "静かなピアノ".encode("shift_jis"), b"slow\0piano",
