@@ -111,9 +111,12 @@ class Typing:
             self.lock.release()
 
     def lines(self):
+        """Whole lines that are there, of a flood some."""
+        left = 2 ** 16                                      # bytes
         try:
-            if self.open and select.select([self.file], [], [], 0)[0]:
-                more = os.read(self.file.fileno(), 2 ** 16)
+            while self.open and left > 0 and select.select([self.file], [], [], 0)[0]:
+                more = os.read(self.file.fileno(), left)    # of a terminal, a line
+                left -= len(more)
                 self.unfinished += more
                 self.open = bool(more)
         except (OSError, ValueError):                       # a terminal that is gone, a file that was closed
