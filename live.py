@@ -453,9 +453,11 @@ class Control:
                         stopping=self.end is not None)
 
     def playing(self):
-        """The mix that is being gone to, in words."""
+        """The mix that is being gone to with the next block, in words."""
         with self.lock:
-            return self.mix_in_words(Mix(self.target, 0.0))
+            due = [line.command for block, line, _ in self.planned
+                   if block <= self.number and isinstance(line.command, Mix)]
+            return self.mix_in_words(due[-1] if due else Mix(self.target, 0.0))
 
     # --- for the stream
     def change(self, number):

@@ -2797,6 +2797,7 @@ def test_mixes_and_morphs_by_hand():
     control = controlled(model, "slow", [f"@{2 * seconds} fast ~ {4 * seconds}", f"@{4 * seconds} loud"])
     turns = [control.change(number) for number in range(7)]
     assert [turn is None for turn in turns] == [True, True, False, False, False, True, True]
+    assert controlled(model, "slow", ["@0 fast", "@0 /cfg 2", "@9 loud"]).playing() == "fast"
     for turn, share in zip(turns[2:4], (1 / 8, 3 / 8)):
         close(turn.cond.tokens, (1 - share) * a.tokens + share * b.tokens)
     close(turns[4].cond.tokens, c.tokens)
