@@ -1,4 +1,4 @@
-"""Play from other software: the grammar of live.py as OSC messages over UDP, and the beat sent out as OSC.
+"""Play from other software: the lines of grammar.py as OSC messages over UDP, and the beat sent out as OSC.
 
     address                          arguments                       the line that is said
     /prompt                          text [seconds of a morph]       text ~ seconds

@@ -8,7 +8,7 @@ which only reads the tape of the set (show.py) or says a line.
 
     GET /           page.html                               GET /state     where the set is, as JSON
     GET /audio      what is due now, or ?from=SAMPLE        GET /set.wav   the set so far
-    POST /say       {"line": "a line of live.py's grammar, or /start"}
+    POST /say       {"line": "a line of grammar.py, or /start"}
 
 A page of somebody else cannot drive it: see `Handler.stranger`. """
 import argparse

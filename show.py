@@ -12,7 +12,7 @@ import numpy as np
 
 from audio import WavWriter, decoder_margin, pcm
 from common import UserError, reason_of, say
-from live import Setting, parse_line
+from grammar import Setting, parse_line
 from stage import Fade
 
 FRAME = 4                                                   # bytes of a sample: int16, left and right
@@ -97,7 +97,7 @@ class Show:
         return round(self.control.block_seconds * self.pace.rate)
 
     def say(self, text):
-        """Take a line of live.py's grammar, or /start: the reply, and the sample from which it holds, or
+        """Take a line of grammar.py, or /start: the reply, and the sample from which it holds, or
         None. Raises UserError."""
         word = text.strip().lower()
         if self.over:

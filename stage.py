@@ -22,8 +22,8 @@ from audio import (decoded_pieces, decoder_margin, decoder_state, encode_chunks,
                    restore_decoder, streaming_decoder)
 from common import STOP_SIGNALS, UserError, load_plain, save_whole, say
 from controls import WINDOW, features, sketch_channels
-from live import (Control, Line, Setting, parse_chords, parse_untimed, prompt_encoder, read_schedule,
-                  seconds_of)
+from grammar import Line, Setting, parse_chords, parse_untimed, read_schedule, seconds_of
+from live import Control, prompt_encoder
 from recordings import LOUDEST, overlapped, read_audio, resampled, to_stereo, usual_speakers
 
 PIECE_OUT = 0.05                                            # seconds that are handed out at once, paced

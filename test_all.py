@@ -68,6 +68,7 @@ import controls
 import data
 import figures
 import finetune
+import grammar
 import library
 import live
 import measure
@@ -2729,7 +2730,7 @@ def played(model, control, blocks, said=(), **kw):
     ("/chords Am F#m7 Bb Gsus4", None, ("chords", ("Am", "F#m7", "Bb", "Gsus4"))),
     ("/chords off", None, ("chords", None))])
 def test_grammar(text, time, command):
-    line = live.parse_line(text)
+    line = grammar.parse_line(text)
     assert (line.time, tuple(line.command)) == (time, command)
 
 
@@ -2746,23 +2747,23 @@ def test_grammar(text, time, command):
     ("/sketch off 3", 13, "nothing more"), ("/stop 3", 7, "nothing")])
 def test_grammar_names_the_column(text, column, expected):
     with pytest.raises(UserError, match=rf"^column {column}: .*{re.escape(expected)}"):
-        live.parse_line(text)
+        grammar.parse_line(text)
 
 
 def test_schedule_files(tmp_path):
     file = tmp_path / "set.txt"
     file.write_text("# a set\n\n@2 c# minor  # a comment\n/cfg 3\n")
-    lines = live.read_schedule(file)
+    lines = grammar.read_schedule(file)
     assert [(line.time, line.text) for line in lines] == [(2.0, "c# minor"), (None, "/cfg 3")]
     file.write_text("@2 c# minor", encoding="utf-8-sig")    # as some editors do
-    assert live.read_schedule(file) == lines[:1]
+    assert grammar.read_schedule(file) == lines[:1]
     file.write_text("a\n@2 b:x\n")
     with pytest.raises(UserError, match="set.txt, line 2, column 6: a weight"):
-        live.read_schedule(file)
+        grammar.read_schedule(file)
     file.write_bytes(b"\xff\xfe\x00")
     for path in file, tmp_path / "none.txt":
         with pytest.raises(UserError, match="cannot read the schedule"):
-            live.read_schedule(path)
+            grammar.read_schedule(path)
 
 
 def test_a_schedule_is_what_is_typed_at_its_times(tmp_path):
@@ -2777,7 +2778,7 @@ def test_a_schedule_is_what_is_typed_at_its_times(tmp_path):
         moment, text = line[1:].split(" ", 1)
         said.setdefault(math.ceil(float(moment) / seconds), []).append(text)
     by_text = played(model, controlled(model, lines=lines), 15)
-    by_file = played(model, controlled(model, lines=live.read_schedule(tmp_path / "set.txt")), 15)
+    by_file = played(model, controlled(model, lines=grammar.read_schedule(tmp_path / "set.txt")), 15)
     by_hand = played(model, controlled(model), 15, said)
     assert torch.equal(by_text, by_file) and torch.equal(by_text, by_hand)
     plain = latents_of(model, condition(model, "slow piano"), 15)
@@ -2870,15 +2871,15 @@ def test_beats_and_chords_over_time():
     bpm = 60 * 4 / (3 * seconds)                            # three blocks a bar, too fast for the grammar
     control = controlled(model)
     assert control.beat(0) is None
-    control.apply(live.Setting("bpm", bpm), 2, None)
+    control.apply(grammar.Setting("bpm", bpm), 2, None)
     assert [round(control.beat(n)[1], 3) for n in range(2, 6)] == [0, 0.333, 0.667, 0]
-    control.apply(live.Setting("bpm", bpm / 2), 4, None)
+    control.apply(grammar.Setting("bpm", bpm / 2), 4, None)
     assert [round(control.beat(n)[1], 3) for n in range(4, 7)] == [0.667, 0.833, 0]
     assert controlled(model, lines=["/bpm 92"]).beat(0) is None         # not before it is begun
     control = controlled(model, lines=["/bpm 92", "/chords Am C"])
     control.change(0)
     assert control.beat(3) == pytest.approx(controls.steady_beat(model.config, 92)(3)[:2])
-    control.apply(live.Setting("bpm", bpm), 0, None)
+    control.apply(grammar.Setting("bpm", bpm), 0, None)
     given = [control.sketch(number) for number in range(7)]
     a_minor, c_major = (
         controls.sketch_channels(model, controls.chord_features(name, model.config)[:, None])[:3]
