@@ -354,8 +354,9 @@ def prompt_from_tags(file, name, notes):
 
 
 def find_prompt(file, folder, metadata, notes):
-    """The prompt of one track and where it is from: "metadata" (of `read_metadata`), else "captions" beside it,
-    else title and genre "tags", else "names" of file and folder (but for a folder that tells the split)."""
+    """The prompt of one track and where it is from: "metadata" (of `read_metadata`), else "captions" beside
+    it, else title and genre "tags", else "names" of file and folder (but for a folder that tells the
+    split)."""
     file = Path(file)
     name = file.relative_to(folder).as_posix()
     text = metadata.get(name) or metadata.get(composed(name))

@@ -1,7 +1,7 @@
 """Play: one block after another, for as long as you like.
 
     python sample.py --seconds 600 > out.wav
-    python sample.py --live --realtime 1 | ffplay -autoexit -nodisp -    # what you type is what is played next
+    python sample.py --live --realtime 1 | ffplay -autoexit -nodisp -    # what you type is played next
 
 `denoise_block` makes a block, `Context` remembers the finished ones (the KV cache), `stream` puts them
 together; training rolls out with the same. `decode_stream` in audio.py turns blocks into sound. See "How it

@@ -2085,8 +2085,8 @@ def test_a_name_of_the_split_is_no_word(tmp_path):
 def test_help_tells_defaults():
     text = " ".join(finetune.parser().format_help().split())
     for told in ("--batch BATCH crops per step, over all processes and accumulations (default: 16)",
-                 "blocks of context (default: the checkpoint's) --blocks", "steps of linear warm-up (default: 0)",
-                 "unless given again --causal"):
+                 "blocks of context (default: the checkpoint's) --blocks",
+                 "steps of linear warm-up (default: 0)", "unless given again --causal"):
         assert told in text, told
 
 
@@ -3032,7 +3032,7 @@ def test_saved_and_resumed_is_unbroken(threads, tiny_file, tmp_path, call):
     assert len(parts) == len(whole) and np.abs(parts - whole).max() <= 1
     common.save(tiny(seed=1), tmp_path / "other.pt")
     for args, reason in ((("--ckpt", "other.pt", "--precision", "float32"), "of another checkpoint"),
-                         (("--ckpt", tiny_file, "--precision", "float32", "--no-transitions"), "leave it out"),
+                         ((*play[:6], "--no-transitions"), "leave it out"),
                          (("--ckpt", tiny_file, "--precision", "bf16"), "of a stream in float32"),
                          (("--ckpt", tiny_file, "--steps", 3), "no --steps beside it"),
                          (("--ckpt", tiny_file, "--prime", "a.wav"), "no --prime")):
@@ -3045,7 +3045,8 @@ def test_saved_and_resumed_is_unbroken(threads, tiny_file, tmp_path, call):
 def test_a_player_that_quits_leaves_the_state(tiny_file, tmp_path, call):
     """... with which the stream goes on from the first sample that the player did not take."""
     play = "--ckpt", tiny_file, "--precision", "float32", "--threads", 1
-    command = map(str, (sys.executable, HERE / "sample.py", *play, "--seconds", "inf", "--save-state", "a.pt"))
+    command = map(str, (sys.executable, HERE / "sample.py", *play, "--seconds", "inf", "--save-state",
+                        "a.pt"))
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as player:
         player.stdout.read(50000)
         player.stdout.close()
