@@ -446,7 +446,7 @@ def stream_pieces(model, args, samples, together, control, pace, saved, stopping
         end = pace.position + samples
         blocks = math.ceil((end / c.hop + decoder_margin(c)) / c.block) - sound.number
         never = [text for second, text in control.plan if second * c.sample_rate >= end]
-        if never:
+        if never and not args.save_state:
             say(f"planned for after the end, and not played: {'; '.join(never)}")
     typing = Typing(sys.stdin, partial(take_line, take or control.say)) if args.live else None
     listening = None

@@ -371,11 +371,10 @@ def wav_pieces(stream, config, given_up=None, seconds=0.02):
             if len(raw) < frame:
                 return
             samples = samples_of(raw[:len(raw) // frame * frame], kind, bits).reshape(-1, channels)
-            sound = np.abs(samples) <= LOUDEST              # not so for what is no number
-            if not sound.all() and not warned:
-                say("standard input: samples that are no numbers, or far too loud, are taken for silence")
+            if not (np.abs(samples) <= LOUDEST).all() and not warned:       # so too for what is no number
+                say("standard input: samples that are no numbers are taken for silence, far too loud ones cut")
                 warned = True
-            yield np.where(sound, samples, np.float32(0))
+            yield np.nan_to_num(samples, nan=0, posinf=0, neginf=0).clip(-LOUDEST, LOUDEST)
     for audio in resampled(to_stereo(arrays(), usual_speakers(channels)), rate, config.sample_rate, seconds):
         yield audio.mean(dim=0, keepdim=True) if config.audio_channels == 1 else audio
 

@@ -3270,11 +3270,11 @@ def test_wav_that_arrives_in_pieces(subtype, tmp_path):
 def test_a_wav_that_makes_no_sense(tmp_path, capsys):
     """Samples that are no numbers are silence, with a line: one would stay in the context for ever."""
     samples = notes(0.1)
-    samples[2000], samples[3000, 1] = math.nan, 1e30
+    samples[2000], samples[2500], samples[3000, 1] = math.nan, -math.inf, 1e30
     soundfile.write(tmp_path / "x.wav", samples, 44100, "FLOAT")
     with open(tmp_path / "x.wav") as file:
         audio = torch.cat(list(stage.wav_pieces(file, TINY)), dim=1).numpy().T
-    samples[2000], samples[3000, 1] = 0, 0
+    samples[2000], samples[2500], samples[3000, 1] = 0, 0, 2
     assert np.abs(audio - samples).max() < 1e-4
     assert capsys.readouterr().err.count("no numbers") == 1
     for rate in 20, 4_000_000:
