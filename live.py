@@ -261,11 +261,10 @@ class Control:
         return given_of(self.model, given) if given else None
 
     def ends_sketch(self):
-        """Is the recording that is followed given up with the next block, so that it is not worth waiting
-        for?"""
+        """Has somebody just given up the recording that is followed, so that it is not worth waiting for?"""
         with self.lock:
-            return any(block <= self.number and isinstance(line.command, Setting)
-                       and line.command.name in ("sketch", "stop") for block, line, _ in self.planned)
+            return any(line.time is None and isinstance(line.command, Setting)
+                       and line.command.name in ("sketch", "stop") for _, line, _ in self.planned)
 
     # --- inside
     def read(self, text):
@@ -303,17 +302,25 @@ class Control:
             raise UserError(f"this checkpoint has no channels of {' and '.join(missing)}: it cannot be given "
                             f"{'chords' if command.name == 'chords' else 'a sketch'}")
         if command.name == "chords":
-            planned = [line.command for _, line, _ in self.planned if isinstance(line.command, Setting)]
-            if self.bpm is None and not any(one.name == "bpm" and one.value for one in planned):
-                raise UserError("chords need a tempo first, such as /bpm 92 (--bpm 92)")
             return None
         if self.open_sketch is None:
             raise UserError("this stream was started without a way to read recordings")
         return self.open_sketch(command.value[0])
 
-    def add(self, line, said=False):
-        """Plan a Line; returns the reply. Raises UserError where it cannot be played."""
+    def check_tempo(self, command):
+        """UserError for chords without a tempo."""
+        planned = [line.command for _, line, _ in self.planned if isinstance(line.command, Setting)]
+        if self.bpm is None and not any(one.name == "bpm" and one.value for one in planned):
+            if isinstance(command, Setting) and command.name == "chords" and command.value:
+                raise UserError("chords need a tempo first, such as /bpm 92 (--bpm 92)")
+
+    def add(self, line, said=False, saved=False):
+        """Plan a Line; returns the reply. Raises UserError where it cannot be played.
+
+        saved: it was planned before, in the stream that goes on."""
         needs, remark = self.prepare(line)
+        if not saved:
+            self.check_tempo(line.command)
         with self.lock:
             moment = line.time or 0.0
             block = max(self.number, math.ceil(moment / self.block_seconds - 1e-6))
@@ -331,8 +338,9 @@ class Control:
     def insert(self, block, line, needs):
         place = sum(planned[0] <= block for planned in self.planned)
         self.planned.insert(place, (block, line, needs))
-        for state in self.states:
-            state["planned"].append((block, line.text))
+        if not for_now(line):
+            for state in self.states:
+                state["planned"].append((block, line.text))
 
     def in_words(self, line):
         return line.text if isinstance(line.command, Setting) else repr(self.mix_in_words(line.command))
@@ -410,7 +418,8 @@ class Control:
             sketch = self.sketched and [self.sketched.file, self.sketched.what, self.sketched.until,
                                         self.sketched.begun]
             self.states.append(dict(
-                number=self.number, planned=[(block, line.text) for block, line, _ in self.planned],
+                number=self.number,
+                planned=[(block, line.text) for block, line, _ in self.planned if not for_now(line)],
                 settings=dict(self.settings), bpm=self.bpm, beat_from=list(self.beat_from),
                 chords=list(self.chords or ()), sketch=sketch, origin=dict(self.origin),
                 target=dict(self.target), morph=list(self.morph), heaviest=self.heaviest))
@@ -444,8 +453,8 @@ class Control:
                 self.sketched = OpenSketch(file, what, until, blocks, begun)
             for block, text in saved:
                 try:
-                    self.add(self.read(text)._replace(time=block * self.block_seconds))
-                except UserError as error:                  # such as chords where the tempo went off since
+                    self.add(self.read(text)._replace(time=block * self.block_seconds), saved=True)
+                except UserError as error:                  # a file may be gone
                     say(f"left out: {text}: {error}")
             self.states.append(state)
             for block, line, needs in new:
@@ -460,6 +469,11 @@ class OpenSketch(NamedTuple):
     until: float
     blocks: object
     begun: int
+
+
+def for_now(line):
+    """Is it a /stop for now, which whoever goes on from here does not mean any more?"""
+    return line.time is None and isinstance(line.command, Setting) and line.command.name == "stop"
 
 
 def heaviest(mix, now):

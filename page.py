@@ -248,7 +248,7 @@ def main():
     show.settings = sample.sampling_settings(model, args.steps, args.sampler, args.cfg)
     samples = None if math.isinf(args.seconds) else round(args.seconds * rate)
     pieces, plan, _ = sample.stream_pieces(model, args, samples, False, show.control, show.pace, None,
-                                            stopping, take=lambda line: show.say(line)[0])
+                                            stopping, take=lambda line: show.say(line, files=True)[0])
     pieces = sample.only_first(pieces, samples)
     say(plan)
     server = Server(show, own.host, own.port)

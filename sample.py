@@ -445,14 +445,16 @@ def stream_pieces(model, args, samples, together, control, pace, saved, stopping
     if samples is not None:
         end = pace.position + samples
         blocks = math.ceil((end / c.hop + decoder_margin(c)) / c.block) - sound.number
-        never = [text for second, text in control.plan if second * c.sample_rate >= end]
-        if never and not args.save_state:
-            say(f"planned for after the end, and not played: {'; '.join(never)}")
     typing = Typing(sys.stdin, partial(take_line, take or control.say)) if args.live else None
     listening = None
     if args.listen:
         listening = Listening(model, audio_from(args.listen, c, stopping.is_set), args.delay, args.mix)
         pace.first = pace.position = -listening.delay       # silence first: block 0 begins at sample 0
+    if samples is not None and not args.save_state:
+        end = (pace.position + samples) / c.sample_rate
+        never = [text for second, text in control.plan if second >= end]
+        if never:
+            say(f"planned for after the end, and not played: {'; '.join(never)}")
 
     def change(number):
         if typing is not None:

@@ -96,9 +96,9 @@ class Show:
     def block_samples(self):
         return round(self.control.block_seconds * self.pace.rate)
 
-    def say(self, text):
-        """Take a line of grammar.py, or /start: the reply, and the sample from which it holds, or
-        None. Raises UserError."""
+    def say(self, text, files=None):
+        """Take a line of grammar.py, or /start: the reply, and the sample from which it holds, or None.
+        files: may it name one (None: as all lines)? Raises UserError."""
         word = text.strip().lower()
         if self.over:
             raise UserError("the set is over: start page.py again")
@@ -109,7 +109,8 @@ class Show:
         if word == "/stop":                                 # "@20 /stop" is the control's: the end for good
             self.going.clear()
             return "stopping: one more block, which fades out", None
-        if not self.files and text.strip() not in self.control.names and names_file(text):
+        may = self.files if files is None else files
+        if not may and text.strip() not in self.control.names and names_file(text):
             raise UserError("files can be named only where nobody else reaches the page")
         before = time.perf_counter()
         answer = self.control.say(text)

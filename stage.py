@@ -45,7 +45,7 @@ def in_option(option, read, text):
 def control_of(model, args, pace, stopping, saved):
     """What is played when, by the command line. saved: of `load_state`, or None. Raises UserError."""
     encode, names = prompt_encoder(model, args.prompt_file)
-    prompt = args.prompt
+    prompt = None if saved else args.prompt
     if prompt is None:
         prompt = names[0] if names else model.sampling.get("prompt", "")
 
@@ -84,7 +84,7 @@ def control_of(model, args, pace, stopping, saved):
         if sketch and sketch[0] == "-":
             say("the sketch came through standard input, and is over")
         if args.prompt is not None:
-            control.say(args.prompt)
+            control.add(control.read(args.prompt), said=True)
     return control
 
 
@@ -99,10 +99,10 @@ class Typing:
         self.open = True
         self.lock = threading.Lock()
 
-    def poll(self):
-        """Take the whole lines that are there, without waiting: neither for more, nor for another thread
-        that is taking some."""
-        if not self.lock.acquire(blocking=False):
+    def poll(self, wait=False):
+        """Take the whole lines that are there, without waiting for more; wait: for another thread that is
+        taking some."""
+        if not self.lock.acquire(blocking=wait):
             return
         try:
             for line in self.lines():
@@ -139,7 +139,7 @@ class Typing:
                 select.select([self.file], [], [], 0.5)
             except (OSError, ValueError):
                 return
-            self.poll()
+            self.poll(wait=True)
 
 
 def take_line(take, line):
