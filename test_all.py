@@ -2484,11 +2484,23 @@ def test_priming_continues_the_recording(tiny_file, tmp_path, music, call):
                                  dtype="int16")[0].astype(int) - audio_io.pcm(whole)[:8820]).max() <= 1
 
 
-def test_closed_pipe(tiny_file):
-    play = [sys.executable, str(HERE / "sample.py"), "--ckpt", str(tiny_file), "--seconds", "inf"]
-    done = subprocess.run(f"{shlex.join(play)} | head -c 1000 | wc -c", shell=True, capture_output=True,
-                          timeout=60)
-    assert done.stdout.strip() == b"1000" and b"Traceback" not in done.stderr and b"rror" not in done.stderr
+def test_closed_pipe(tiny_file, tmp_path, call):
+    """A player that quits ends the stream quietly, and leaves the state with which it goes on from the first
+    sample that was not taken."""
+    play = "--ckpt", tiny_file, "--precision", "float32", "--threads", 1
+    command = map(str, (sys.executable, HERE / "sample.py", *play, "--seconds", "inf", "--save-state",
+                        "a.pt"))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as player:
+        player.stdout.read(50000)
+        player.stdout.close()
+        err = player.stderr.read()
+        assert b"Traceback" not in err and b"rror" not in err and b"--resume-state a.pt" in err
+    at = torch.load(tmp_path / "a.pt", weights_only=True)["position"]
+    assert at >= (50000 - 44) // 4
+    assert call(sample.main, *play, "--seconds", 0.1, "--out", "b.wav", "--resume-state", "a.pt")[0] == 0
+    assert call(sample.main, *play, "--seconds", at / 44100 + 0.1, "--out", "whole.wav")[0] == 0
+    on, whole = samples_in(tmp_path / "b.wav"), samples_in(tmp_path / "whole.wav")
+    assert len(whole) == at + len(on) and np.abs(on - whole[at:]).max() <= 1
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
@@ -3047,23 +3059,6 @@ def test_saved_and_resumed_is_unbroken(threads, tiny_file, tmp_path, call):
         assert status == 2 and reason in err and not (tmp_path / "e.wav").exists(), err
     status, err = call(sample.main, "--ckpt", tiny_file, "--resume-state", tiny_file, "--out", "e.wav")
     assert status == 2 and "was not written by --save-state" in err
-
-
-def test_a_player_that_quits_leaves_the_state(tiny_file, tmp_path, call):
-    """... with which the stream goes on from the first sample that the player did not take."""
-    play = "--ckpt", tiny_file, "--precision", "float32", "--threads", 1
-    command = map(str, (sys.executable, HERE / "sample.py", *play, "--seconds", "inf", "--save-state",
-                        "a.pt"))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as player:
-        player.stdout.read(50000)
-        player.stdout.close()
-        assert b"Traceback" not in player.stderr.read()
-    at = torch.load(tmp_path / "a.pt", weights_only=True)["position"]
-    assert at >= (50000 - 44) // 4
-    assert call(sample.main, *play, "--seconds", 0.1, "--out", "b.wav", "--resume-state", "a.pt")[0] == 0
-    assert call(sample.main, *play, "--seconds", at / 44100 + 0.1, "--out", "whole.wav")[0] == 0
-    on, whole = samples_in(tmp_path / "b.wav"), samples_in(tmp_path / "whole.wav")
-    assert len(whole) == at + len(on) and np.abs(on - whole[at:]).max() <= 1
 
 
 def test_a_state_keeps_what_is_said_after_its_last_block(capsys):
@@ -5938,7 +5933,7 @@ def test_readme_commands(tmp_path, music, call, monkeypatch):
             "sample": " --seconds 0.2 --out played.wav",
             "page": " --seconds 0.2 --port 0",
             "measure": " --seeds 2 --seconds 1 --steps 1 --excerpts 2",
-            "bench": " --repeats 1 --threads 2 --steps 1 --regime causal --precision float32"}
+            "bench": " --repeats 1 --threads 1 --steps 1 --regime causal --precision float32"}
     commands, ran = readme_commands(), set()
     assert len(commands) > 10
     for command in commands:
