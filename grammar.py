@@ -50,6 +50,10 @@ class Line(NamedTuple):
     command: object
     text: str
 
+    def sets(self, *names):
+        """Is it one of these settings?"""
+        return isinstance(self.command, Setting) and self.command.name in names
+
 
 def wrong(at, expected):
     """The error for what stands at this index of a line."""

@@ -263,8 +263,7 @@ class Control:
     def ends_sketch(self):
         """Has somebody just given up the recording that is followed, so that it is not worth waiting for?"""
         with self.lock:
-            return any(line.time is None and isinstance(line.command, Setting)
-                       and line.command.name in ("sketch", "stop") for _, line, _ in self.planned)
+            return any(line.time is None and line.sets("sketch", "stop") for _, line, _ in self.planned)
 
     # --- inside
     def read(self, text):
@@ -307,12 +306,11 @@ class Control:
             raise UserError("this stream was started without a way to read recordings")
         return self.open_sketch(command.value[0])
 
-    def check_tempo(self, command):
+    def check_tempo(self, line):
         """UserError for chords without a tempo."""
-        planned = [line.command for _, line, _ in self.planned if isinstance(line.command, Setting)]
-        if self.bpm is None and not any(one.name == "bpm" and one.value for one in planned):
-            if isinstance(command, Setting) and command.name == "chords" and command.value:
-                raise UserError("chords need a tempo first, such as /bpm 92 (--bpm 92)")
+        planned = any(other.sets("bpm") and other.command.value for _, other, _ in self.planned)
+        if line.sets("chords") and line.command.value and self.bpm is None and not planned:
+            raise UserError("chords need a tempo first, such as /bpm 92 (--bpm 92)")
 
     def add(self, line, said=False, saved=False):
         """Plan a Line; returns the reply. Raises UserError where it cannot be played.
@@ -320,7 +318,7 @@ class Control:
         saved: it was planned before, in the stream that goes on."""
         needs, remark = self.prepare(line)
         if not saved:
-            self.check_tempo(line.command)
+            self.check_tempo(line)
         with self.lock:
             moment = line.time or 0.0
             block = max(self.number, math.ceil(moment / self.block_seconds - 1e-6))
@@ -473,7 +471,7 @@ class OpenSketch(NamedTuple):
 
 def for_now(line):
     """Is it a /stop for now, which whoever goes on from here does not mean any more?"""
-    return line.time is None and isinstance(line.command, Setting) and line.command.name == "stop"
+    return line.time is None and line.sets("stop")
 
 
 def heaviest(mix, now):

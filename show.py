@@ -12,7 +12,7 @@ import numpy as np
 
 from audio import WavWriter, decoder_margin, pcm
 from common import UserError, reason_of, say
-from grammar import Setting, parse_line
+from grammar import parse_line
 from stage import Fade
 
 FRAME = 4                                                   # bytes of a sample: int16, left and right
@@ -186,5 +186,5 @@ class Show:
 
 def names_file(text):
     """Does a line have a file read? Raises UserError."""
-    command = parse_line(text).command
-    return isinstance(command, Setting) and command.name == "sketch" and command.value is not None
+    line = parse_line(text)
+    return line.sets("sketch") and line.command.value is not None
